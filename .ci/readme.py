@@ -1,0 +1,36 @@
+"Render index.ipynb as README.md, with its pictures in nbs/images. --check: write nothing, say whether they are current."
+import sys
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+
+root = Path(__file__).resolve().parents[1]
+images = root/"nbs"/"images"
+
+
+def render() -> dict[Path, bytes]:
+    "Each file of the rendered page with its content"
+    resources = {"unique_key": "README", "output_files_dir": "nbs/images"}  # pictures: nbs/images/README_<cell>_<n>.png
+    nb = nbformat.read(root/"index.ipynb", as_version=4)
+    nb.metadata.language_info = {"name": "python"}  # nbdev_clean drops it, code fences want it
+    text, resources = MarkdownExporter().from_notebook_node(nb, resources=resources)
+    pages = {root/"README.md": text.strip().encode() + b"\n"}
+    return pages | {root/name: data for name, data in resources["outputs"].items()}
+
+
+def main() -> None:
+    files = render()
+    left = set(images.glob("README_*")) - files.keys()
+    if "--check" not in sys.argv[1:]:
+        images.mkdir(exist_ok=True)
+        for path, data in files.items(): path.write_bytes(data)
+        for path in left: path.unlink()
+        return
+    stale = [p for p, data in files.items() if not p.exists() or p.read_bytes() != data] + sorted(left)
+    if stale:
+        names = ", ".join(str(p.relative_to(root)) for p in stale)
+        sys.exit(f"Not what index.ipynb renders to: {names}. Run: python .ci/readme.py")
+
+
+if __name__ == "__main__": main()
