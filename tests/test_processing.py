@@ -1,0 +1,568 @@
+"Pictures and prompts as tensors: equal to transformers', every Pillow mode, any text there and back, clear errors."
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms, ImageOps
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from paligemma_nb.processing import (BYTE_TOKENS, EXTRA_TOKENS, SPECIAL_TOKENS, PaliGemmaProcessor, TextProcessor,
+                                     image_to_tensor, left_pad, open_image, place_images, to_rgb, train_tokenizer)
+from paligemma_nb.scenes import COLORS, SHAPES, make_scene
+
+SCENES = [make_scene(seed) for seed in range(200)]
+TEXTS = [s.caption for s in SCENES] + [t for s in SCENES for q, a, _ in s.questions() for t in (f"answer en {q}\n", a)]
+NAMES = [*SPECIAL_TOKENS, *EXTRA_TOKENS, "<image>"]
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+ODD = ["<0x41>", "<loc", "red circle", " ", "\n", "\r\n", "▁", "👩‍👩‍👧"]
+PIECES = st.lists(TEXT | st.sampled_from([*NAMES, *ODD]), max_size=6)
+
+# transformers' own: numpy's new rules in its processor. Pillow's own: it tells of damaged EXIF and goes on
+pytestmark = [pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+              pytest.mark.filterwarnings("ignore:Corrupt EXIF data"),
+              pytest.mark.filterwarnings("ignore:Truncated File Read")]
+
+
+@pytest.fixture(scope="module")
+def processor(): return PaliGemmaProcessor(train_tokenizer(TEXTS), image_size=28, num_image_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def folder(processor, tmp_path_factory):
+    path = tmp_path_factory.mktemp("processor")
+    processor.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    from transformers import AutoProcessor
+    return AutoProcessor.from_pretrained(folder)
+
+
+def noise(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def assert_equal(ours, hf):
+    assert list(ours)[:4] == ["pixel_values", "input_ids", "attention_mask", "token_type_ids"]
+    for name, tensor in ours.items():
+        assert tensor.dtype == hf[name].dtype and torch.equal(tensor, hf[name]), name
+
+
+# --- the tokenizer
+
+def test_layout(processor):
+    tokenizer, n = processor.tokenizer, processor.vocab_size
+    assert [tokenizer.id_to_token(i) for i in range(262)] == [*SPECIAL_TOKENS, "\n", *BYTE_TOKENS]
+    assert [tokenizer.id_to_token(i) for i in range(n - 1153, n)] == [*EXTRA_TOKENS, "<image>"]
+    assert sorted(tokenizer.get_vocab().values()) == list(range(n))
+    assert (processor.pad_token_id, processor.eos_token_id, processor.bos_token_id) == (0, 1, 2)
+    assert processor.image_token_id == n - 1
+
+
+def test_words_of_the_scenes_are_whole(processor):
+    words = [w for s in SHAPES for w in (f"▁{s}", s)] + [f"▁{c}" for c in COLORS]
+    for word in words: assert processor.tokenizer.encode(word.replace("▁", " ")).tokens == [word]
+    assert processor.tokenizer.encode("a red circle, a blue star?\n").tokens == [
+        "a", "▁red", "▁circle", ",", "▁a", "▁blue", "▁star", "?", "\n"]
+
+
+@given(TEXT)
+@example("  two  spaces ")
+@example("\x00\x7f\r\n\t\u2028\ufeff\U0010ffff")
+@example("日本 😀 👩‍👩‍👧 e\u0301 ﷽ <0x41> <loc <image")
+def test_any_text_comes_back_whole(processor, text):
+    back = processor.decode(processor.encode(text))
+    assert back == text.replace("▁", " ")  # SentencePiece's custom has no other sign for a space
+    assert "<unk>" not in processor.tokenizer.encode(text).tokens
+
+
+@given(PIECES)
+def test_names_of_tokens_are_tokens_and_leave_as_promised(processor, pieces):
+    text = "".join(pieces)
+    ids = processor.encode(text)
+    assert processor.decode(ids, skip_special_tokens=False) == text.replace("▁", " ")
+    left = re.sub("|".join([*SPECIAL_TOKENS, "<image>"]), "", text)  # <loc> and <seg> stay
+    assert processor.decode(ids) == left.replace("▁", " ")
+
+
+@given(PIECES)
+def test_encodes_and_decodes_as_transformers(processor, theirs, pieces):
+    text = "".join(pieces)
+    ids = processor.encode(text)
+    assert ids == theirs.tokenizer(text, add_special_tokens=False)["input_ids"]
+    for skip in (True, False):
+        assert processor.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
+
+
+@given(st.lists(st.integers(0, 3000), max_size=20))
+def test_any_ids_can_be_decoded(processor, theirs, ids):
+    assert processor.decode(ids) == theirs.decode(ids, skip_special_tokens=True)  # broken bytes, ids past the end
+
+
+def test_training_is_repeatable_and_takes_any_texts():
+    assert train_tokenizer(iter(TEXTS)).to_str() == train_tokenizer(TEXTS).to_str()
+    for texts in ([], [""], ["\n"], ["日本 日本 😀"], ["<loc0001><image><seg001>"]):
+        tokenizer = TextProcessor(train_tokenizer(texts))
+        assert tokenizer.decode(tokenizer.encode("a 日本 😀")) == "a 日本 😀"
+    assert "▁日本" not in train_tokenizer(["日本 日本 日本"], 1418).get_vocab()
+    assert "▁日本" in train_tokenizer(["日本 日本 日本"]).get_vocab()
+
+
+def test_vocabulary_size_is_a_limit():
+    full = train_tokenizer(TEXTS).get_vocab_size()
+    assert train_tokenizer(TEXTS, full).get_vocab_size() == full
+    assert train_tokenizer(TEXTS, full - 50).get_vocab_size() == full - 50
+    with pytest.raises(ValueError, match=r"at least (\d+) for these texts, got 100") as e: train_tokenizer(TEXTS, 100)
+    least = int(str(e.value).split("at least ")[1].split()[0])
+    assert train_tokenizer(TEXTS, least).get_vocab_size() == least
+    with pytest.raises(ValueError, match=f"at least {least}"): train_tokenizer(TEXTS, least - 1)
+
+
+def test_merges_stay_within_words_and_digits_stay_single():
+    texts = ["snow-white, 1234 snow-white; 1234", "12 12 12", "a\nb\nc <loc0001>x<loc0001>x"]
+    vocab = train_tokenizer(texts).get_vocab()
+    learnt = [t for t, i in vocab.items() if i >= 262 and t not in NAMES]
+    assert {"▁snow", "white"} <= {*learnt} and not [t for t in learnt if "▁" in t[1:] or "\n" in t]
+    assert not [t for t in learnt if len(t) > 1 and any(c.isdigit() for c in t)]
+
+
+def test_tokenizer_of_transformers_is_taken_and_completed():
+    from transformers import GemmaTokenizer
+    vocab = json.loads(train_tokenizer(TEXTS).to_str())["model"]
+    bare = GemmaTokenizer(vocab=vocab["vocab"], merges=[tuple(m) for m in vocab["merges"]])
+    n = len(bare)
+    processor = PaliGemmaProcessor(bare, 28, 4)
+    assert [processor.tokenizer.id_to_token(n + i) for i in (0, 1024, 1152)] == ["<loc0000>", "<seg000>", "<image>"]
+    assert processor.vocab_size == n + 1153 and PaliGemmaProcessor(bare, 28, 4).vocab_size == n + 1153
+    ids = processor(noise(9, 9), "detect red circle", "<loc0007> red circle")["input_ids"]
+    assert ids[0, :5].tolist() == [n + 1152] * 4 + [2] and n + 7 in ids[0]
+
+
+def test_decode_takes_what_models_give(processor):
+    ids = processor.encode("<loc0001> red star")
+    row = [0, 2, *ids, 1]
+    two = torch.tensor([row, row])
+    for rows in (two, two.numpy(), two.tolist(), [two[0], row], (row, tuple(row)), two.to(torch.int32)):
+        assert processor.decode(rows) == ["<loc0001> red star"] * 2
+    for one in (torch.tensor(row), row, np.array(row), list(torch.tensor(row)), tuple(np.array(row))):
+        assert processor.decode(one) == "<loc0001> red star"
+    assert processor.decode([]) == "" and processor.decode(torch.zeros(2, 0, dtype=torch.long)) == ["", ""]
+    with pytest.raises(ValueError, match="negative.*-100"): processor.decode(torch.tensor([-100, 5]))
+
+
+# --- equality with transformers
+
+ANSWERS = ["yes", "<loc0001><loc0002><loc0003><loc1023> red circle ; <seg000>", "", "日本 😀 \n and a long answer"]
+PROMPTS = ["caption en", "answer en how many circles are there?", "", "  detect\nred circle ; star  ", "😀"]
+SIDES = [(28, 28), (1, 1), (1, 300), (301, 2), (640, 427), (29, 27), (56, 56)]
+
+
+@pytest.mark.parametrize("size", SIDES)
+@pytest.mark.parametrize("image_size", [28, 112, 33])
+def test_pixels_equal(theirs, size, image_size):
+    image = noise(*size)
+    size = dict(height=image_size, width=image_size)
+    want = theirs.image_processor(image, size=size, return_tensors="pt")["pixel_values"][0]
+    got = image_to_tensor(image, image_size)
+    assert got.dtype == torch.float32 and got.is_contiguous() and torch.equal(got, want)
+    assert torch.equal(image_to_tensor(np.asarray(image), image_size), want)
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_batches_equal(processor, theirs, data):
+    b, k = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    prompts = data.draw(st.lists(st.sampled_from(PROMPTS) | TEXT, min_size=b, max_size=b))
+    suffix = data.draw(st.none() | st.lists(st.sampled_from(ANSWERS) | TEXT, min_size=b, max_size=b))
+    images = [[noise(*data.draw(st.sampled_from(SIDES)), seed=i) for i in range(k)] for _ in range(b)]
+    if data.draw(st.booleans()): images = [i for group in images for i in group] if k == 1 else images
+    assert_equal(processor(images, prompts, suffix),
+                 theirs(images=images, text=prompts, suffix=suffix, padding="longest", return_tensors="pt"))
+
+
+@pytest.mark.parametrize("suffix", [None, ["yes", "no <loc0001>"]])
+@pytest.mark.parametrize("prompts", [
+    ["<image>caption en", "<image> what?"], ["<image><image> which is red?", "<image>"],
+    ["old: <image> new: <image>!", "<image>\n<image><image>"]])
+def test_placeholders_equal(processor, theirs, prompts, suffix):
+    counts = [p.count("<image>") for p in prompts]
+    flat = [noise(9 + i, 20, seed=i) for i in range(sum(counts))]
+    nested = [flat[:counts[0]], flat[counts[0]:]]
+    want = theirs(images=nested, text=prompts, suffix=suffix, padding="longest", return_tensors="pt")
+    for images in (flat, nested): assert_equal(processor(images, prompts, suffix), want)
+
+
+def test_one_prompt_may_be_a_str(processor, theirs):
+    image = noise(40, 30)
+    want = theirs(images=image, text="caption en", suffix="a star", return_tensors="pt")
+    for images in (image, [image], [[image]], np.asarray(image)):
+        for text, suffix in (("caption en", "a star"), (["caption en"], ["a star"]), (("caption en",), "a star")):
+            assert_equal(processor(images, text, suffix), want)
+
+
+def test_rows_of_a_batch_are_the_rows_alone(processor):
+    images, prompts = [noise(20, 30, seed=i) for i in range(3)], PROMPTS[:3]
+    batch = processor(images, prompts, ANSWERS[:3])
+    for i in range(3):
+        alone = processor(images[i], prompts[i], ANSWERS[i])
+        t = alone["input_ids"].shape[1]
+        for name in ("input_ids", "attention_mask", "token_type_ids", "labels"):
+            assert torch.equal(batch[name][i, -t:], alone[name][0]), name
+        assert batch["input_ids"][i, :-t].eq(0).all() and batch["attention_mask"][i, :-t].eq(0).all()
+        assert batch["labels"][i, :-t].eq(-100).all()
+        assert torch.equal(batch["pixel_values"][i], alone["pixel_values"][0])
+
+
+def test_labels_are_the_suffix_and_eos_only(processor):
+    inputs = processor([noise(9, 9)] * 2, ["a", "answer en is it?"], ["yes", "a red star"])
+    for row, answer in enumerate(("yes", "a red star")):
+        labels = inputs["labels"][row]
+        assert labels[labels >= 0].tolist() == [*processor.encode(answer), processor.eos_token_id]
+        assert torch.equal(labels >= 0, inputs["token_type_ids"][row] == 1)
+
+
+IDS = st.integers(5, 99)
+ROWS = st.lists(st.tuples(st.lists(IDS, min_size=1, max_size=9), st.lists(IDS, max_size=9)), min_size=1, max_size=4)
+
+
+@given(ROWS, st.booleans())
+def test_left_pad(rows, training):
+    prefixes, suffixes = [p for p, _ in rows], [s for _, s in rows] if training else None
+    padded = left_pad(prefixes, suffixes, pad_token_id=3)
+    assert ("labels" in padded) == training
+    for i, (prefix, suffix) in enumerate(rows):
+        suffix = suffix if training else []
+        real = padded["attention_mask"][i].bool()
+        assert padded["input_ids"][i][real].tolist() == prefix + suffix and (padded["input_ids"][i][~real] == 3).all()
+        assert real.tolist() == sorted(real.tolist())  # padding on the left only
+        assert padded["token_type_ids"][i][real].tolist() == [0] * len(prefix) + [1] * len(suffix)
+
+
+# --- files
+
+def test_saved_folder_opens_everywhere(processor, folder, theirs, tmp_path):
+    from transformers import AutoTokenizer, PaliGemmaProcessor as Theirs
+    names = sorted(p.name for p in folder.iterdir())
+    assert names == ["preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
+    assert isinstance(theirs, Theirs) and theirs.image_seq_length == 4 and theirs.tokenizer.padding_side == "left"
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == processor.tokenizer.get_vocab()
+    theirs.save_pretrained(tmp_path/"hf")  # transformers 5 writes processor_config.json
+    for source in (folder, str(folder), tmp_path/"hf"):
+        again = PaliGemmaProcessor.from_pretrained(source)
+        assert (again.image_size, again.num_image_tokens) == (28, 4)
+        assert_equal(again(noise(9, 9), "a <image> 日本", "yes"), processor(noise(9, 9), "a <image> 日本", "yes"))
+    again.save_pretrained(tmp_path/"again"/"deeper")
+    third = PaliGemmaProcessor.from_pretrained(tmp_path/"again"/"deeper")
+    assert third.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+
+
+def test_saving_is_stable(folder, tmp_path):
+    PaliGemmaProcessor.from_pretrained(folder).save_pretrained(tmp_path)
+    for path in folder.iterdir(): assert (tmp_path/path.name).read_bytes() == path.read_bytes()
+
+
+def test_padding_and_truncation_in_the_file_are_ignored(processor, folder, tmp_path):
+    processor.save_pretrained(tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path/"tokenizer.json"))
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=50)
+    tokenizer.save(str(tmp_path/"tokenizer.json"))
+    assert PaliGemmaProcessor.from_pretrained(tmp_path).encode("a red star and a cross") == processor.encode(
+        "a red star and a cross")
+
+
+def test_bos_is_not_put_in_front_as_gemmas_file_asks_for_text_alone(processor, folder, tmp_path):
+    processor.save_pretrained(tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path/"tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single="<bos> $A", pair="<bos> $A <bos> $B",
+                                                  special_tokens=[("<bos>", 2)])
+    assert tokenizer.encode("a star").tokens[0] == "<bos>"
+    tokenizer.save(str(tmp_path/"tokenizer.json"))
+    again = PaliGemmaProcessor.from_pretrained(tmp_path)
+    assert_equal(again(noise(9, 9), "caption en", "a star"), processor(noise(9, 9), "caption en", "a star"))
+
+
+def image_file(**changes):
+    return json.dumps(dict(size=dict(height=28, width=28), image_seq_length=4) | changes)
+
+
+BROKEN = {
+    "tokenizer.json": [
+        (None, "no tokenizer.json"), *((text, "tokenizer.json cannot be read") for text in ("", "{", "{}", "\0"))],
+    "preprocessor_config.json": [
+        (None, "no preprocessor_config.json"), ("", "broken or incomplete"), ("[]", "broken or incomplete"),
+        ('{"size": 224}', "broken or incomplete"), ('{"size": {"height": 28, "width": 28}}', "image_seq_length"),
+        (image_file(size=dict(height=28, width=14)), "square, got 14 x 28"),
+        (image_file(image_seq_length="x"), "broken or incomplete"),
+        (image_file(size=dict(height=0, width=0)), "positive"), (image_file(resample=2), "resample must be 3, got 2"),
+        (image_file(image_mean=[.48, .45, .4]), "image_mean must be")]}
+
+
+@pytest.mark.parametrize("name, content, expected", [(name, *case) for name, cases in BROKEN.items() for case in cases])
+def test_broken_folders(processor, tmp_path, name, content, expected):
+    processor.save_pretrained(tmp_path)
+    (tmp_path/name).unlink()
+    if content is not None: (tmp_path/name).write_text(content)
+    with pytest.raises(FileNotFoundError if content is None else ValueError, match=expected):
+        PaliGemmaProcessor.from_pretrained(tmp_path)
+
+
+def test_foreign_tokenizers_and_missing_folders(tmp_path):
+    from tokenizers.models import BPE
+    with pytest.raises(ValueError, match="no <pad>"): PaliGemmaProcessor(Tokenizer(BPE()), 28, 4)
+    for name in (tmp_path/"none", "google/paligemma-3b-pt-224"):  # the network is never asked
+        with pytest.raises(FileNotFoundError, match="no such folder"): PaliGemmaProcessor.from_pretrained(name)
+
+
+def test_needs_neither_transformers_nor_the_network(folder):
+    code = ("import socket, sys; from paligemma_nb.processing import PaliGemmaProcessor; from PIL import Image\n"
+            "socket.socket = None\n"
+            "p = PaliGemmaProcessor.from_pretrained(sys.argv[1]); p(Image.new('RGB', (9, 9)), 'caption en')\n"
+            "print(*{'transformers', 'huggingface_hub', 'torchvision', 'matplotlib'} & set(sys.modules))")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout + done.stderr
+
+
+# --- pictures
+
+GREY = Image.fromarray(np.add.outer(np.arange(0, 160, 10), np.arange(0, 96, 4)).astype(np.uint8))
+RGB = Image.merge("RGB", (GREY, ImageOps.mirror(GREY), ImageOps.flip(GREY)))
+DEEP = np.asarray(GREY).astype(np.uint16) * 257
+
+
+def with_info(image, **info):
+    image = image.copy()
+    image.info.update(info)
+    return image
+
+
+def samples():
+    yield from ((mode, RGB.convert(mode)) for mode in ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "I", "F"))
+    la, rgba = GREY.copy(), RGB.copy()
+    la.putalpha(ImageOps.flip(GREY))
+    rgba.putalpha(ImageOps.mirror(GREY))
+    yield from (("LA", la), ("RGBA", rgba), ("PA", la.convert("PA")), ("La", la.convert("La")))
+    yield from (("RGBa", rgba.convert("RGBa")), ("L transparent", with_info(GREY, transparency=20)))
+    yield "P transparent", with_info(RGB.convert("P"), transparency=3)
+    yield "P alphas", with_info(RGB.convert("P"), transparency=bytes(range(256)))
+    yield "RGB transparent", with_info(RGB, transparency=RGB.getpixel((3, 3)))
+    for mode, order in (("I;16", "<"), ("I;16L", "<"), ("I;16B", ">"), ("I;16N", "=")):
+        yield mode, Image.frombytes(mode, GREY.size, DEEP.astype(order + "u2").tobytes())
+    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    yield "LAB", ImageCms.profileToProfile(RGB, srgb, lab, outputMode="LAB")
+
+
+MODES = dict(samples())
+
+
+def test_no_mode_is_forgotten():
+    assert {image.mode for image in MODES.values()} == set(Image.MODES)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_every_mode_becomes_rgb(name):
+    image = MODES[name]
+    before = image.tobytes()
+    rgb = to_rgb(image)
+    assert rgb.mode == "RGB" and rgb.size == GREY.size and len(rgb.getcolors(10**6)) > 1
+    assert image.tobytes() == before  # the caller's picture is left alone
+    tensor = image_to_tensor(image, 14)
+    assert tensor.shape == (3, 14, 14) and tensor.abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", [n for n in MODES if n not in ("La", "RGBa", "LAB", "F") and not n.startswith("I;16")])
+def test_modes_equal_transformers(theirs, name):
+    want = theirs.image_processor(MODES[name], return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(image_to_tensor(MODES[name], 28), want)
+
+
+def test_premultiplied_alpha_is_alpha():
+    for plain, premultiplied in (("LA", "La"), ("RGBA", "RGBa")):
+        one, other = (np.asarray(to_rgb(MODES[name])).astype(int) for name in (plain, premultiplied))
+        assert abs(one - other).max() <= 1
+
+
+def test_transparent_pixels_are_white():
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert to_rgb(clear).getpixel((0, 0)) == (255, 255, 255)
+    half = to_rgb(Image.new("RGBA", (4, 4), (255, 0, 0, 128))).getpixel((0, 0))
+    assert half[0] == 255 and abs(half[1] - 127) <= 1
+
+
+def test_lab_is_the_colour_it_was():
+    assert abs(np.asarray(to_rgb(MODES["LAB"])).astype(int) - np.asarray(RGB)).mean() < 6
+
+
+@pytest.mark.parametrize("name", [n for n in MODES if n.startswith("I;16")])
+def test_16_bits_are_scaled(name):
+    assert (np.asarray(to_rgb(MODES[name])) == np.asarray(GREY)[..., None]).all()
+
+
+@pytest.mark.parametrize("values, expected", [
+    ([0, 128, 255], [0, 128, 255]), ([0, 32896, 65535], [0, 128, 255]), ([0, 257, 514], [0, 1, 2]),
+    ([-50, 0, 200], [0, 0, 200]), ([0, 2**19, 2**20], [0, 128, 255]), ([0, 0, 0], [0, 0, 0])])
+def test_32_bit_greys(values, expected):
+    image = Image.fromarray(np.array([values], dtype=np.int32))
+    assert image.mode == "I" and [p[0] for p in to_rgb(image).get_flattened_data()] == expected
+
+
+@pytest.mark.parametrize("values, expected", [
+    ([0, 0.5, 1], [0, 128, 255]), ([0, 128.4, 255], [0, 128, 255]), ([0, 1e6, 2e6], [0, 128, 255]),
+    ([-3, -2, -1], [0, 0, 0]), ([np.nan, 1, np.inf], [0, 255, 0])])
+def test_float_greys(values, expected):
+    image = Image.fromarray(np.array([values], dtype=np.float32))
+    assert image.mode == "F" and [p[0] for p in to_rgb(image).get_flattened_data()] == expected
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "JPEG"])
+def test_orientation_is_obeyed(tmp_path, format, orientation):
+    plain, turned = tmp_path/"plain", tmp_path/"turned"
+    RGB.save(plain, format)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    RGB.save(turned, format, exif=exif)
+    turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}.get(orientation)  # 6: turn clockwise to view
+    want = open_image(plain) if turn is None else open_image(plain).transpose(Image.Transpose(turn))
+    got = open_image(turned)
+    assert got.size == want.size and (np.asarray(got) == np.asarray(want)).all()
+    assert torch.equal(image_to_tensor(Image.open(turned), 28), image_to_tensor(want, 28))
+    assert (np.asarray(to_rgb(got)) == np.asarray(got)).all()  # turned once, not twice
+
+
+@pytest.mark.parametrize("exif", [b"garbage", b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff",
+                                  b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0"])
+def test_damaged_exif_is_no_reason_to_refuse(tmp_path, exif):
+    RGB.save(tmp_path/"a.jpg", exif=exif)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert open_image(tmp_path/"a.jpg").size == RGB.size
+        assert to_rgb(with_info(RGB, exif=exif)).size == RGB.size
+
+
+def save_all(tmp_path):
+    for name in ("a.png", "a.jpg", "a.gif", "a.bmp", "a.tif", "a.webp", "a.ppm"): RGB.save(tmp_path/name)
+    MODES["RGBA"].save(tmp_path/"alpha.png")
+    MODES["I;16"].save(tmp_path/"deep.png")
+    RGB.convert("CMYK").save(tmp_path/"ink.jpg")
+    RGB.save(tmp_path/"moving.gif", save_all=True, append_images=[ImageOps.flip(RGB)])
+    return sorted(tmp_path.iterdir())
+
+
+def test_files_of_many_formats(tmp_path):
+    for path in save_all(tmp_path):
+        for given in (path, str(path)):
+            image = open_image(given)
+            assert image.mode == "RGB" and image.size == RGB.size
+            assert torch.equal(image_to_tensor(image, 28), image_to_tensor(Image.open(path), 28))
+    assert (np.asarray(open_image(tmp_path/"deep.png")) == np.asarray(GREY)[..., None]).all()
+    assert open_image(tmp_path/"a.png").tobytes() == RGB.tobytes()
+    picture = open_image(tmp_path/"a.png")
+    (tmp_path/"a.png").unlink()
+    picture.resize((5, 5))  # the file is not needed any more
+
+
+def test_truncated_files_are_refused_or_whole(tmp_path):
+    big = noise(120, 90)
+    for name in ("a.png", "a.jpg", "a.tif", "a.webp", "a.bmp", "a.ppm"):
+        big.save(tmp_path/name)
+        data = (tmp_path/name).read_bytes()
+        for share in (0, 0.001, 0.01, 0.1, 0.5, 0.9):
+            (tmp_path/name).write_bytes(data[:int(share * len(data))])
+            with pytest.raises(ValueError, match="that Pillow can read|damaged or cut short"): open_image(tmp_path/name)
+
+
+DAMAGE = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8)
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP"]), DAMAGE)
+def test_damaged_files_give_a_picture_or_a_clear_error(tmp_path_factory, format, damage):
+    path = tmp_path_factory.getbasetemp()/"damaged"
+    RGB.save(path, format)
+    data = bytearray(path.read_bytes())
+    for place, value in damage: data[int(place * (len(data) - 1))] = value
+    path.write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try: assert open_image(path).mode == "RGB"
+        except ValueError as e: assert str(path) in str(e)
+
+
+def test_what_is_no_picture(tmp_path, monkeypatch):
+    (tmp_path/"notes.png").write_text("just some words")
+    (tmp_path/"empty.png").touch()
+    RGB.save(tmp_path/"big.png")
+    for name in ("notes.png", "empty.png"):
+        with pytest.raises(ValueError, match=f"not a picture that Pillow can read: .*{name}"): open_image(tmp_path/name)
+    with pytest.raises(FileNotFoundError, match="no such picture: .*none.png"): open_image(tmp_path/"none.png")
+    for folder in (tmp_path, ""):
+        with pytest.raises(ValueError, match="not a picture file"): open_image(folder)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="too large: .*decompression bomb"): open_image(tmp_path/"big.png")
+
+
+# --- bad calls
+
+PICTURE = noise(9, 9)
+
+
+BAD_VALUES = [
+    ([PICTURE] * 2, ["a"], None, "got 2 for 1 prompts"),
+    (PICTURE, ["a", "b"], None, "got 1 for 2 prompts"),
+    ([], "a", None, "got 0 for 1 prompts"),
+    ([], [], None, "no prompt"),
+    ([[PICTURE], []], ["a", "b"], None, "needs an image"),
+    (PICTURE, "<image><image>", None, r"\[2\] <image>.* 1"),
+    ([PICTURE] * 2, ["<image>", "a"], None, "in every prompt or in none"),
+    ([[PICTURE], [PICTURE] * 2], ["<image><image>", "<image>"], None, r"\[2, 1\] <image>.*\[1, 2\]"),
+    (PICTURE, "a", ["b", "c"], "2 suffixes for 1 prompts"),
+    (PICTURE, "a", [], "0 suffixes for 1 prompts"),
+    (PICTURE, "a", "<image>", "cannot be in a suffix"),
+    (PICTURE, "\ud800", None, "valid Unicode"),
+    (PICTURE, "a", "\udcff", "valid Unicode"),
+    (np.zeros((9, 9, 3)), "a", None, r"uint8 \[height, width, 3\], got float64 \[9, 9, 3\]"),
+    (np.zeros((9, 9), np.uint8), "a", None, r"got uint8 \[9, 9\]"),
+    (np.zeros((9, 9, 4), np.uint8), "a", None, r"got uint8 \[9, 9, 4\]"),
+    (np.zeros((0, 5, 3), np.uint8), "a", None, "no pixels: 5 x 0"),
+    (Image.new("RGB", (0, 5)), "a", None, "no pixels: 0 x 5")]
+BAD_TYPES = [
+    (PICTURE, None, None, "text must be a str.*None"),
+    (PICTURE, ["a", 3], None, "text must be a str"),
+    (PICTURE, b"a", None, "text must be a str"),
+    (PICTURE, "a", [None], "suffix must be a str"),
+    (None, "a", None, "an image must be.*NoneType"),
+    ("cat.jpg", "a", None, "an image must be.*str"),
+    ([[["x"]]], "a", None, "an image must be.*list"),
+    (torch.zeros(3, 9, 9), "a", None, "an image must be.*Tensor")]
+
+
+@pytest.mark.parametrize("error, case", [*((ValueError, c) for c in BAD_VALUES), *((TypeError, c) for c in BAD_TYPES)])
+def test_bad_calls_say_what_is_wrong(processor, error, case):
+    images, text, suffix, expected = case
+    with pytest.raises(error, match=expected): processor(images, text, suffix)
+
+
+def test_place_images_by_hand():
+    assert place_images("p", ["x"]) == (["p"], ["<image><bos>x\n"])
+    assert place_images([["p", "q"], "r"], ["x", "y"]) == (
+        ["p", "q", "r"], ["<image><image><bos>x\n", "<image><bos>y\n"])
+    assert place_images(["p", "q"], ["a<image>b<image>c"]) == (["p", "q"], ["a<image>b<image><bos>c\n"])
+
+
+@pytest.mark.parametrize("image_size, num_image_tokens", [(0, 4), (28, 0), (-1, 4)])
+def test_sizes_must_be_positive(image_size, num_image_tokens):
+    with pytest.raises(ValueError, match="must be positive"):
+        PaliGemmaProcessor(train_tokenizer([]), image_size, num_image_tokens)
