@@ -50,13 +50,13 @@ def test_constraints_pin_every_requirement():
     assert "torchvision" not in pins  # beside the CPU build of torch its import fails
 
 
-def test_wheel_ships_the_model_and_the_command(tmp_path):
+def test_wheel_ships_the_model_the_sample_and_the_command(tmp_path):
     for name in ("setup.py", "settings.ini", "README.md", "LICENSE"): shutil.copy(ROOT/name, tmp_path)
     shutil.copytree(ROOT/"paligemma_nb", tmp_path/"paligemma_nb", ignore=shutil.ignore_patterns("__pycache__"))
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", "out", ".", cwd=tmp_path)
     wheel = zipfile.ZipFile(next((tmp_path/"out").glob("*.whl")))
-    data = {p.relative_to(ROOT).as_posix() for p in (ROOT/"paligemma_nb").glob("tiny/*")}
-    assert data and data <= set(wheel.namelist())
+    data = {p.relative_to(ROOT).as_posix() for p in (ROOT/"paligemma_nb").glob("tiny/*")} | {"paligemma_nb/sample.png"}
+    assert len(data) > 1 and data <= set(wheel.namelist())
     commands = next(wheel.read(n).decode() for n in wheel.namelist() if n.endswith("entry_points.txt"))
     assert "paligemma-nb = paligemma_nb.inference:main" in commands
 
@@ -144,9 +144,10 @@ open(sys.argv[1], "w").write(json.dumps(pages))
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     "What nbdev makes of every notebook for the site; it executes imports and exported cells on the way"
-    result = tmp_path_factory.mktemp("site")/"pages.json"
-    run(sys.executable, "-c", PROCESS, result, *PAGES, env={"IN_TEST": "1"})
-    return json.loads(result.read_text())
+    folder = tmp_path_factory.mktemp("site")  # what a cell writes is written here
+    shutil.copy(ROOT/"settings.ini", folder)
+    run(sys.executable, "-c", PROCESS, folder/"pages.json", *PAGES, cwd=folder, env={"IN_TEST": "1"})
+    return json.loads((folder/"pages.json").read_text())
 
 
 @each(PAGES)
@@ -157,7 +158,8 @@ def test_page_is_processed_and_shows_the_code(path, site):
     exported = [c.source for c in code_cells(read(path)) if has_flag(c, "exports?")]
     names = [d.group() for source in exported for d in re.finditer(r"^(?:class|def) \w+", source, re.M)]
     assert not [name for name in names if not re.search(rf"^{name}\b", page["source"], re.M)]
-    assert "nbdev_export()" not in page["source"] and "default_exp" not in page["source"]  # marked #| hide
+    left = re.findall(r"^#\| *default_exp.*|^nbdev\.nbdev_export.*", page["source"], re.M)
+    assert not left, f"not marked #| hide: {left}"
 
 
 @each(PAGES)
