@@ -16,7 +16,8 @@ def render() -> dict[Path, bytes]:
     nb.metadata.language_info = {"name": "python"}  # nbdev_clean drops it, code fences want it
     text, resources = MarkdownExporter().from_notebook_node(nb, resources=resources)
     pages = {root/"README.md": text.strip().encode() + b"\n"}
-    return pages | {root/name: data for name, data in resources["outputs"].items()}
+    # a picture is there in two formats, of which the page shows one
+    return pages | {root/name: data for name, data in resources["outputs"].items() if name in text}
 
 
 def main() -> None:
