@@ -1,0 +1,275 @@
+"Answers: batches whose rows end apart, greedy against the plain loop, sampling against transformers and by its counts, streams."
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import TopPLogitsWarper
+
+from paligemma_nb.gemma import GemmaConfig
+from paligemma_nb.generation import _pieces, generate, generate_tokens, next_token, nucleus, stream
+from paligemma_nb.paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from paligemma_nb.processing import PaliGemmaProcessor, train_tokenizer
+from paligemma_nb.siglip import SiglipVisionConfig
+
+PROMPTS = ["caption en", "detect square ; red circle", "is it?", "caption en a red square", "a"]
+processor = PaliGemmaProcessor(train_tokenizer(["caption en a red circle", "detect square is it ?"], 1600), 28, 4)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = PaliGemmaConfig(SiglipVisionConfig(36, 52, 2, 3, 14, 28), image_token_index=processor.image_token_id,
+                             eos_token_id=-1,  # never: see `ending` for answers that end
+                             text_config=GemmaConfig(40, 56, 2, 4, 2, processor.vocab_size, head_dim=12, max_position_embeddings=80))
+    model = PaliGemmaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for p in model.parameters(): p.normal_(0, .3)
+    return model
+
+
+def make_inputs(prompts=PROMPTS):
+    return processor([Image.effect_noise((28, 28), 90) for _ in prompts], prompts)
+
+
+@pytest.fixture(scope="module")
+def inputs(): return make_inputs()
+
+
+def row(inputs, i): # alone, without its padding
+    real = inputs["attention_mask"][i].bool()
+    return {name: x[i:i + 1] if name == "pixel_values" else x[i:i + 1, real] for name, x in inputs.items()}
+
+
+@torch.no_grad()
+def plain_loop(model, inputs, steps): # one row, no cache, everything again for each token
+    ids, t = inputs["input_ids"], inputs["input_ids"].shape[1]
+    for _ in range(steps):
+        types = (torch.arange(ids.shape[1]) >= t).long()[None]
+        logits = model(ids, inputs["pixel_values"], token_type_ids=types).logits[0, -1]
+        logits[processor.image_token_id] = -torch.inf
+        ids = torch.cat((ids, logits.argmax()[None, None]), dim=1)
+        if ids[0, -1] == model.config.eos_token_id: break
+    return ids[0, t:]
+
+
+@pytest.fixture
+def ending(model, inputs): # the same weights with an <eos> such that the rows end at different steps, one of them never
+    free = generate(model, inputs, max_new_tokens=20)
+    def ends(eos): return [(r == eos).nonzero()[0].item() if eos in r else None for r in free]
+    model = copy.copy(model)
+    model.config = copy.copy(model.config)
+    model.config.eos_token_id = max(free.unique().tolist(), key=lambda eos: len(set(ends(eos))))
+    assert len(set(ends(model.config.eos_token_id))) >= 3
+    return model
+
+
+# --- batches
+
+def test_rows_end_apart_and_are_what_they_are_alone(ending, inputs):
+    together, eos = generate(ending, inputs, max_new_tokens=20), ending.config.eos_token_id
+    lengths = []
+    for i, answer in enumerate(together):
+        alone = plain_loop(ending, row(inputs, i), 20)
+        assert torch.equal(answer[:len(alone)], alone) and (answer[len(alone):] == ending.config.pad_token_id).all()
+        assert eos not in alone[:-1]
+        lengths.append(len(alone))
+    assert together.shape[1] == max(lengths) and len(set(lengths)) >= 3
+
+
+def test_stops_when_the_last_row_has_ended(ending, inputs):
+    short = [i for i, answer in enumerate(generate(ending, inputs, max_new_tokens=20)) if ending.config.eos_token_id in answer]
+    rows = make_inputs([PROMPTS[i] for i in short]) | dict(pixel_values=inputs["pixel_values"][short])
+    calls = []
+    handle = ending.language_model.model.register_forward_hook(lambda *_: calls.append(1))
+    ids = generate(ending, rows, max_new_tokens=60)
+    handle.remove()
+    assert ids.shape[1] == len(calls) < 20 and all((ids == ending.config.eos_token_id).any(dim=1))
+
+
+def test_mask_only_where_there_is_padding(model, inputs):
+    masks = []
+    def spy(*args, attention_mask=None, **kwargs):
+        masks.append(attention_mask)
+        return PaliGemmaForConditionalGeneration.forward(model, *args, attention_mask=attention_mask, **kwargs)
+    model.forward = spy
+    try:
+        generate(model, row(inputs, 0), max_new_tokens=3)
+        assert masks == [None] * 3
+        generate(model, inputs, max_new_tokens=3)
+    finally: del model.forward
+    t = inputs["input_ids"].shape[1]
+    assert [m.shape for m in masks[3:]] == [(5, t), (5, t + 1), (5, t + 2)]
+    assert all(torch.equal(m[:, :t], inputs["attention_mask"].bool()) and m[:, t:].all() for m in masks[3:])
+
+
+def test_features_instead_of_pixels(model, inputs):
+    expected = generate(model, inputs, max_new_tokens=5)
+    features = dict(inputs, image_features=model.get_image_features(inputs["pixel_values"]))
+    del features["pixel_values"]
+    assert torch.equal(generate(model, features, max_new_tokens=5), expected)
+
+
+def test_inputs_stay_as_they_are(model, inputs):
+    before = {name: x.clone() for name, x in inputs.items()}
+    generate(model, inputs, max_new_tokens=3, do_sample=True)
+    assert inputs.keys() == before.keys() and all(torch.equal(inputs[name], x) for name, x in before.items())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_image_is_never_an_answer(model, inputs, sign):
+    loud = copy.deepcopy(model)
+    with torch.no_grad(): loud.language_model.model.embed_tokens.weight[processor.image_token_id] *= sign * 1000
+    assert processor.image_token_id not in generate(loud, inputs, max_new_tokens=8)
+    assert processor.image_token_id not in generate(loud, inputs, max_new_tokens=8, do_sample=True, top_p=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(model, inputs, dtype):
+    ids = generate(copy.deepcopy(model).to(dtype), inputs, max_new_tokens=6, do_sample=True)
+    assert ids.shape == (5, 6) and ids.dtype == torch.int64
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda(model, inputs):
+    there = copy.deepcopy(model).cuda()
+    assert torch.equal(generate(there, inputs, max_new_tokens=8).cpu(), generate(model, inputs, max_new_tokens=8))
+    chance = torch.Generator("cuda").manual_seed(0)
+    assert generate(there, inputs, max_new_tokens=8, do_sample=True, generator=chance).device.type == "cuda"
+
+
+def test_ids_can_be_trained_on_and_modes_do_not_leak(model, inputs):
+    steps = generate_tokens(model, inputs, max_new_tokens=3)
+    for _ in steps: assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    ids = generate(model, inputs, max_new_tokens=3)
+    assert not ids.is_inference()
+    model(torch.cat((inputs["input_ids"], ids), dim=1), inputs["pixel_values"]).logits.sum().backward()
+    model.zero_grad()
+
+
+# --- settings
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
+    (dict(max_new_tokens=-3), "max_new_tokens must be at least 1, got -3"),
+    (dict(top_p=0), "top_p must be above 0 and at most 1, got 0"),
+    (dict(top_p=1.01), "top_p must be above 0 and at most 1, got 1.01"),
+    (dict(top_p=float("nan")), "top_p must be above 0 and at most 1, got nan"),
+    (dict(temperature=-.1), "temperature must be 0 or more, got -0.1"),
+    (dict(temperature=float("inf")), "temperature must be 0 or more, got inf"),
+    (dict(temperature=float("nan")), "temperature must be 0 or more, got nan"),
+    (dict(max_new_tokens=1000), "new ones do not fit: the context holds 80"),
+])
+def test_refused_before_anything_runs(model, inputs, wrong, message):
+    model.forward = lambda *args, **kwargs: pytest.fail("the model was called")
+    try:
+        for call in (lambda: generate(model, inputs, **wrong), lambda: generate_tokens(model, inputs, **wrong),
+                     lambda: stream(model, processor, row(inputs, 0), **wrong)):
+            with pytest.raises(ValueError, match=message): call()
+        with pytest.raises(ValueError, match="suffix"): generate(model, processor([Image.new("RGB", (9, 9))], "a", suffix="b"))
+    finally: del model.forward
+
+
+def test_the_context_can_be_filled(model, inputs):
+    room = 80 - inputs["input_ids"].shape[1]
+    assert generate(model, inputs, max_new_tokens=room).shape[1] <= room
+    with pytest.raises(ValueError, match=f"{room + 1} new ones"): generate(model, inputs, max_new_tokens=room + 1)
+
+
+def test_greedy_by_other_names(model, inputs):
+    greedy = generate(model, inputs, max_new_tokens=8)
+    for settings in (dict(temperature=0), dict(temperature=1e-300), dict(top_p=1e-9), dict(temperature=1e-6, top_p=1.0)):
+        assert torch.equal(generate(model, inputs, max_new_tokens=8, do_sample=True, **settings), greedy), settings
+    assert torch.equal(generate(model, inputs, max_new_tokens=8, temperature=5, top_p=1.0), greedy)  # without do_sample
+
+
+def test_chance_can_be_repeated(model, inputs):
+    def draw(seed, **settings):
+        chance = torch.Generator().manual_seed(seed)
+        return generate(model, inputs, max_new_tokens=8, do_sample=True, generator=chance, **settings)
+    state = torch.get_rng_state()
+    for settings in ({}, dict(top_p=1.0), dict(temperature=3.0)):
+        assert torch.equal(draw(1, **settings), draw(1, **settings)) and not torch.equal(draw(1, **settings), draw(2, **settings))
+    assert torch.equal(torch.get_rng_state(), state)  # a generator of one's own leaves torch's alone
+
+
+# --- the choice
+
+def spread(probs, top_p): # the nucleus, back on the vocabulary
+    kept, ids = nucleus(probs, top_p)
+    return torch.zeros_like(probs).scatter(-1, ids, kept)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 5, 64, 65, 700, 5000])
+@pytest.mark.parametrize("top_p", [1e-6, .1, .5, .9, .99, .999])
+def test_nucleus_is_transformers(vocab, top_p):
+    torch.manual_seed(vocab)
+    logits = torch.randn(6, vocab, dtype=torch.float64) * torch.tensor([0.1, 0.5, 1, 3, 9, 30])[:, None]
+    expected = TopPLogitsWarper(top_p)(None, logits).softmax(-1)
+    torch.testing.assert_close(spread(logits.softmax(-1), top_p), expected, atol=1e-12, rtol=0)
+    got = spread(logits.float().softmax(-1), top_p)
+    # rounding may move one token of the smallest kept probability over the edge
+    torch.testing.assert_close(got.double(), expected, atol=1e-3 / vocab + 1e-5, rtol=1e-3)
+    assert ((got > 0).sum(-1) - (expected > 0).sum(-1)).abs().max() <= 1
+
+
+def test_nucleus_of_equals(): # which of equals stay is open, but not how many
+    assert (spread(torch.full((2, 200), 1 / 200), .5) > 0).sum(-1).tolist() == [100, 100]
+    assert spread(torch.eye(100), .9).equal(torch.eye(100))
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (.7, .8), (2.0, .5)])
+def test_draws_follow_the_probabilities(temperature, top_p):
+    logits = torch.tensor([2., 1.5, 1., .5, 0, -1, -4])
+    warper = TopPLogitsWarper(top_p) if top_p < 1 else lambda _, logits: logits
+    expected = warper(None, logits[None] / temperature).softmax(-1)[0]
+    n = 40_000
+    drawn = next_token(logits.expand(n, -1), temperature, top_p, torch.Generator().manual_seed(0)).bincount(minlength=7) / n
+    assert (drawn[expected == 0] == 0).all()
+    assert ((drawn - expected).abs() <= 4 * (expected * (1 - expected) / n).sqrt()).all()  # four standard deviations
+
+
+@given(st.floats(0, 1e300), st.floats(1e-12, 1), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+       st.lists(st.floats(-1e4, 1e4), min_size=1, max_size=80))
+def test_any_numbers_give_a_token(temperature, top_p, dtype, logits):
+    token = next_token(torch.tensor([logits, logits[::-1]], dtype=dtype), temperature, top_p)
+    assert token.shape == (2,) and 0 <= token.min() and token.max() < len(logits)
+
+
+# --- streams
+
+TOKENS = [processor.tokenizer.token_to_id(t) for t in ("<pad>", "<bos>", "<loc0007>", "<seg003>", "▁", "▁red", "\n")]
+BYTES = st.binary(max_size=6).map(lambda b: [processor.tokenizer.token_to_id(f"<0x{x:02X}>") for x in b])
+TEXTS = st.text(max_size=6).map(processor.encode)
+
+
+@given(st.lists(st.one_of(st.sampled_from(TOKENS).map(lambda t: [t]), BYTES, TEXTS), max_size=8))
+def test_pieces_join_to_the_decoded_whole(parts):
+    ids = [token for part in parts for token in part]
+    pieces = list(_pieces(processor, map(torch.tensor, ids)))
+    assert "".join(pieces) == processor.decode(ids) and "" not in pieces
+
+
+def test_pieces_come_as_early_as_they_can():
+    taken = []
+    def steps():
+        for token in processor.encode("a red 字 circle"):
+            taken.append(token)
+            yield torch.tensor([token])
+    seen = [(piece, len(taken)) for piece in _pieces(processor, steps())]
+    assert seen == [("a", 1), (" red", 2), (" ", 3), ("字 circle", 7)]  # the three bytes wait for what follows them
+
+
+def test_stream_is_generate(model, inputs):
+    for settings in ({}, dict(do_sample=True, temperature=2.0)):
+        for i in range(len(PROMPTS)):
+            def chance(): return torch.Generator().manual_seed(i)
+            pieces = list(stream(model, processor, row(inputs, i), max_new_tokens=12, generator=chance(), **settings))
+            whole = generate(model, row(inputs, i), max_new_tokens=12, generator=chance(), **settings)
+            assert "".join(pieces) == processor.decode(whole[0])
+
+
+def test_stream_serves_one_row(model, inputs):
+    with pytest.raises(ValueError, match="stream serves one prompt, got 5"): stream(model, processor, inputs)
