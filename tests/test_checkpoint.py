@@ -1,0 +1,547 @@
+"Folders in and out: round trips, every key layout, shards, transformers both ways, broken files, kills while saving."
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import paligemma_nb
+from paligemma_nb import checkpoint
+from paligemma_nb.checkpoint import (
+    INDEX, WEIGHTS, WeightFiles, empty_model, load_model, load_weights, published_key, read_config, save_model)
+from paligemma_nb.gemma import GemmaConfig
+from paligemma_nb.paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from paligemma_nb.processing import PaliGemmaProcessor, train_tokenizer
+from paligemma_nb.siglip import SiglipVisionConfig
+
+TINY = Path(paligemma_nb.__file__).parent/"tiny"
+EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+
+
+def make_model(processor, seed=0):
+    torch.manual_seed(seed)
+    config = PaliGemmaConfig(SiglipVisionConfig(36, 52, 2, 3, 14, 42), image_token_index=processor.image_token_id,
+                             text_config=GemmaConfig(40, 56, 2, 4, 2, processor.vocab_size, head_dim=12))
+    model = PaliGemmaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for p in model.parameters(): p.normal_(0, .2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def processor(): return PaliGemmaProcessor(train_tokenizer(["caption en a red circle", "detect square"], 1600), 42, 9)
+
+
+@pytest.fixture(scope="module")
+def model(processor): return make_model(processor)
+
+
+@pytest.fixture(scope="module")
+def source(model, processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")/"model"
+    save_model(model, processor, folder)
+    return folder
+
+
+@pytest.fixture
+def folder(source, tmp_path): return Path(shutil.copytree(source, tmp_path/"model"))  # one to break
+
+
+@pytest.fixture(scope="module")
+def inputs(processor):
+    return processor([Image.effect_noise((60, 50), 80)] * 2, ["caption en", "detect square ; circle"])
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def files(folder): return sorted(p.name for p in folder.iterdir())
+
+
+def edit_json(path, **changes): path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def fails(error, *words): # a single clear line that holds these words
+    return pytest.raises(error, match="^[^\n]*" + "[^\n]*".join(map(re.escape, words)) + "[^\n]*$")
+
+
+# --- there and back
+
+def test_round_trip(model, source, inputs):
+    loaded, processor = load_model(source, device="cpu")
+    assert same(model, loaded) and loaded.config == model.config and not loaded.training
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in loaded.parameters())
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    assert processor.encode("detect red circle") and processor.image_size == 42
+    assert files(source) == sorted(
+        ["config.json", WEIGHTS, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"])
+    assert json.loads((source/"config.json").read_text())["dtype"] == "float32"
+    load_file(source/WEIGHTS)  # readable by the plain library, too
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16, "torch.float16", "float64"])
+def test_dtype(model, source, processor, tmp_path, dtype):
+    loaded, _ = load_model(source, dtype=dtype, device=torch.device("cpu"))
+    wanted = next(loaded.parameters()).dtype
+    assert str(wanted).endswith(str(dtype).removeprefix("torch."))
+    assert all(torch.equal(a, b.to(wanted)) for a, b in zip(loaded.parameters(), model.parameters()))
+    save_model(loaded, processor, tmp_path/"new")
+    assert same(load_model(tmp_path/"new", device="cpu")[0], loaded)  # None: the dtype of the file
+    assert json.loads((tmp_path/"new"/"config.json").read_text())["dtype"] == str(wanted).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bf16", torch.int64, "", 16])
+def test_unknown_dtype(source, dtype):
+    with fails(ValueError, "unknown dtype", "expected float32, bfloat16, float16, float64"):
+        load_model(source, dtype=dtype)
+
+
+def test_devices(source):
+    with fails(ValueError, "'gpu'"): load_model(source, device="gpu")
+    with fails(ValueError, "'cuda:99'", "cannot be used"): load_model(source, device="cuda:99")
+    if torch.cuda.is_available(): assert next(load_model(source)[0].parameters()).is_cuda
+    else:
+        assert not next(load_model(source)[0].parameters()).is_cuda
+        with fails(ValueError, "'cuda'", "cannot be used"): load_model(source, device="cuda")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux for the list of mapped files")
+def test_weights_are_mapped_not_read(folder, inputs):
+    model, processor = load_model(folder, device="cpu")
+    assert str(folder/WEIGHTS) in Path("/proc/self/maps").read_text()
+    before = model(**inputs).logits
+    with torch.no_grad(): model.language_model.model.norm.weight.add_(1)  # private pages: the file stays as it was
+    assert not torch.equal(model(**inputs).logits, before)
+    assert torch.equal(load_model(folder, device="cpu")[0](**inputs).logits, before)
+    save_model(model, processor, folder)  # replaces the very file that the model is mapped from
+    assert same(load_model(folder, device="cpu")[0], model)
+
+
+def test_published_sizes_on_the_meta_device():
+    for size, expected in ((224, 2_923_466_480), (448, 2_924_351_216), (896, 2_927_890_160)):
+        model = empty_model(PaliGemmaConfig(SiglipVisionConfig(1152, 4304, 27, 16, 14, size),
+                                            GemmaConfig(2048, 16384, 18, 8, 1, 257216), image_token_index=257152))
+        assert sum(p.numel() for p in model.parameters()) == expected and len(model.state_dict()) == 603
+
+
+@pytest.mark.skipif(not TINY.exists(), reason="the shipped model has not been trained yet")
+def test_shipped_model():
+    model, processor = load_model(device="cpu")
+    assert sum(f.stat().st_size for f in TINY.iterdir()) <= 16e6
+    out = model(**processor([Image.new("RGB", (50, 50), "red")], ["caption en"])).logits
+    assert out.isfinite().all()
+
+
+def test_needs_neither_transformers_nor_a_compiler(source):
+    "Each would add seconds to the first answer. (`normal_` on the meta device imports torch's compiler.)"
+    code = f"import sys; from paligemma_nb.checkpoint import load_model; load_model({str(source)!r})"
+    code += "; print({'transformers', 'torch._dynamo'} & set(sys.modules))"
+    env = os.environ | {"PYTHONPATH": str(TINY.parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+# --- key layouts
+
+def to_b(key):
+    key = key.replace("language_model.lm_head", "lm_head").replace("language_model.model.", "language_model.")
+    return key if key.startswith("lm_head") else "model." + key
+
+
+LAYOUTS = {
+    "A, published": lambda key: key,
+    "B": to_b,
+    "C": lambda key: to_b(key).replace("vision_tower.vision_model.", "vision_tower."),
+    "saved by transformers 5": lambda key: key.replace("vision_tower.vision_model.", "vision_tower."),
+}
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["no head", "tied head"])
+@pytest.mark.parametrize("rename", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_layouts(model, folder, rename, head):
+    tensors = model.state_dict()
+    if head: tensors[HEAD] = tensors[EMBEDDING].clone()
+    assert all(published_key(rename(key)) == key for key in tensors)
+    save_file({rename(key): x for key, x in tensors.items()}, folder/WEIGHTS)
+    assert same(load_model(folder, device="cpu")[0], model)
+
+
+def test_untied_heads(model, folder):
+    table = model.state_dict()[EMBEDDING]
+    for head in (table + 1e-6, table[:-1].clone(), table.bfloat16()):
+        save_file(model.state_dict() | {"lm_head.weight": head}, folder/WEIGHTS)
+        with fails(ValueError, WEIGHTS, "lm_head.weight differs from the embedding"): load_model(folder)
+
+
+def test_two_tensors_of_one_name(model, folder):
+    x = model.state_dict()["multi_modal_projector.linear.bias"].clone()
+    save_file(model.state_dict() | {"model.multi_modal_projector.linear.bias": x}, folder/WEIGHTS)
+    with fails(ValueError, WEIGHTS, "second tensor for multi_modal_projector.linear.bias"): load_model(folder)
+
+
+# --- strictness
+
+def test_missing_surplus_and_misshapen_tensors(model, folder):
+    good, keys = model.state_dict(), list(model.state_dict())
+    total = f"expected {len(keys)} tensors"
+    for tensors, words in (
+        ({k: good[k] for k in keys[1:]}, (total, "missing 1", keys[0])),
+        ({k: good[k] for k in keys[9:]}, (total, "missing 9", "and 4 more")),
+        (good | {"vision_tower.x.bias": torch.ones(2)}, (total, "surplus 1", "vision_tower.vision_model.x.bias")),
+        ({k: good[k] for k in keys[1:]} | {"lora.a": torch.ones(2)}, ("missing 1", keys[0], "surplus 1", "lora.a")),
+        (good | {keys[0]: good[keys[0]][..., :-1].contiguous()}, (keys[0], "expected", str(list(good[keys[0]].shape)))),
+        (good | {EMBEDDING: good[EMBEDDING].T.contiguous()}, (EMBEDDING, str(list(good[EMBEDDING].T.shape)))),
+        (good | {keys[3]: good[keys[3]].char()}, (keys[3], "I8", "expected F32")),
+        ({}, (total, "found 0")),
+    ):
+        save_file(tensors, folder/WEIGHTS)
+        with fails(ValueError, str(folder/WEIGHTS), *words): load_model(folder)
+        untouched = make_model_like(model)
+        with pytest.raises(ValueError): load_weights(untouched, folder)
+        assert same(untouched, make_model_like(model))  # nothing was set before the error
+
+
+def make_model_like(model):
+    torch.manual_seed(1)
+    return PaliGemmaForConditionalGeneration(model.config)
+
+
+def test_files_of_several_dtypes_load_in_one(model, folder):
+    tensors = {k: x if k == EMBEDDING else x.bfloat16() for k, x in model.state_dict().items()}
+    save_file(tensors, folder/WEIGHTS)
+    loaded, _ = load_model(folder, device="cpu")
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert all(torch.equal(x, tensors[k].float()) for k, x in loaded.state_dict().items())
+
+
+def test_processor_that_does_not_fit(folder):
+    preprocessor, original = folder/"preprocessor_config.json", (folder/"preprocessor_config.json").read_text()
+    edit_json(preprocessor, size=dict(height=28, width=28))
+    with fails(ValueError, str(folder), "picture size is 28 in the processor, 42 in the config"): load_model(folder)
+    preprocessor.write_text(original)
+    edit_json(preprocessor, image_seq_length=16)
+    with fails(ValueError, "number of tokens for a picture is 16 in the processor, 9 in the config"): load_model(folder)
+    preprocessor.write_text(original)
+    edit_json(folder/"config.json", image_token_index=7)
+    with fails(ValueError, "id of <image>", "7 in the config"): load_model(folder)
+
+
+def test_tokenizer_of_another_model(folder, processor, model):
+    config = json.loads((folder/"config.json").read_text())
+    config["text_config"]["vocab_size"] -= 5
+    (folder/"config.json").write_text(json.dumps(config))
+    tokens = processor.vocab_size
+    with fails(ValueError, f"the tokenizer has {tokens} tokens, the embedding {tokens - 5} rows"):
+        load_model(folder)
+
+
+# --- shards
+
+@pytest.mark.parametrize("limit", [1, 30_000, 200_000])
+def test_shards(model, processor, tmp_path, limit):
+    save_model(model, processor, tmp_path/"m", max_shard_size=limit)
+    index = json.loads((tmp_path/"m"/INDEX).read_text())
+    names = sorted(set(index["weight_map"].values()))
+    n = len(names)
+    assert names == [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)] and n > 1
+    assert index["weight_map"].keys() == model.state_dict().keys()
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in model.state_dict().values())
+    for name in names:
+        tensors = load_file(tmp_path/"m"/name)
+        assert len(tensors) == 1 or sum(x.nbytes for x in tensors.values()) <= limit
+    assert same(load_model(tmp_path/"m", device="cpu")[0], model)
+    if limit == 1: assert n == len(model.state_dict())
+    save_model(model, processor, tmp_path/"m")  # back to one file: no shard and no index may stay
+    assert WEIGHTS in files(tmp_path/"m") and len(files(tmp_path/"m")) == 5
+
+
+def test_broken_shards(model, processor, tmp_path):
+    good = tmp_path/"good"
+    save_model(model, processor, good, max_shard_size=150_000)
+    shards = sorted(p.name for p in good.glob("*.safetensors"))
+    index = json.loads((good/INDEX).read_text())
+    first = load_file(good/shards[0])
+    key = min(first)
+
+    def broken(error, *words):
+        with fails(error, *words): load_model(bad)
+        shutil.rmtree(bad)
+        shutil.copytree(good, bad)
+
+    bad = Path(shutil.copytree(good, tmp_path/"bad"))
+    (bad/shards[1]).unlink()
+    broken(FileNotFoundError, shards[1], INDEX)
+    save_file(first | {"foreign.weight": torch.ones(3)}, bad/shards[0])
+    broken(ValueError, shards[0], INDEX, "surplus 1", "foreign.weight")
+    save_file({k: x for k, x in first.items() if k != key}, bad/shards[0])
+    broken(ValueError, shards[0], INDEX, "missing 1", key)
+    (bad/shards[1]).write_bytes((good/shards[1]).read_bytes()[:-1])
+    broken(ValueError, shards[1], "not a whole safetensors file")
+    shutil.copy(good/shards[0], bad/shards[1])
+    broken(ValueError, shards[1], "missing")
+    edit_json(bad/INDEX, weight_map={k: f for k, f in index["weight_map"].items() if f != shards[0]})
+    broken(ValueError, INDEX, "missing", key)  # a whole shard forgotten
+    edit_json(bad/INDEX, weight_map={k: "../" + f for k, f in index["weight_map"].items()})
+    broken(ValueError, INDEX, "../", "no file name")
+    for weight_map in (None, [], {key: 3}, {key: None}):
+        edit_json(bad/INDEX, weight_map=weight_map)
+        broken(ValueError, INDEX, "expected a weight_map")
+    for text, message in (("{", "is not JSON"), ("[]", "expected a JSON object, got list"), ("", "is not JSON")):
+        (bad/INDEX).write_text(text)
+        broken(ValueError, INDEX, message)
+    assert same(load_model(bad, device="cpu")[0], model)  # the copy as such is good
+
+
+# --- broken and foreign files
+
+def test_file_cut_short_anywhere(folder, model):
+    whole = (folder/WEIGHTS).read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    rng = random.Random(0)
+    for size in [0, 1, 7, 8, 9, header - 1, header, header + 1, len(whole) - 1, *rng.sample(range(len(whole)), 40)]:
+        (folder/WEIGHTS).write_bytes(whole[:size])
+        with fails(ValueError, str(folder/WEIGHTS), f"{size:,} bytes", "not a whole safetensors file"):
+            load_model(folder)
+    (folder/WEIGHTS).write_bytes(whole + b"\0")
+    with fails(ValueError, str(folder/WEIGHTS), "not a whole safetensors file"): load_model(folder)
+
+
+def test_flipped_header_bits(folder, model):
+    "No flip in the header may go unnoticed, but for the text of the metadata and the order of what is alike."
+    whole = (folder/WEIGHTS).read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    rng, noticed = random.Random(0), 0
+    for bit in [*range(8 * 8), *rng.sample(range(64, 8 * header), 200)]:
+        broken = bytearray(whole)
+        broken[bit // 8] ^= 1 << bit % 8
+        (folder/WEIGHTS).write_bytes(broken)
+        loaded = empty_model(model.config)
+        try: load_weights(loaded, folder)
+        except ValueError as e:
+            assert str(folder/WEIGHTS) in str(e) and "\n" not in str(e)
+            noticed += 1
+        else: assert same(loaded, model), f"bit {bit}"
+    assert noticed > 250
+
+
+@pytest.mark.parametrize("content", [
+    b"\x89PNG\r\n\x1a\n" + b"\0" * 100, b"PK\x03\x04 a zip, as torch.save writes", b"{}",
+    b"version https://git-lfs.github.com/spec/v1\n",
+    b"\0" * 4096, b"\xff" * 4096, (2).to_bytes(8, "little") + b"[]", (4).to_bytes(8, "little") + b"null"],
+    ids=["png", "zip", "json", "lfs pointer", "zeros", "ones", "header is a list", "header is null"])
+def test_foreign_file(folder, content):
+    (folder/WEIGHTS).write_bytes(content)
+    with fails(ValueError, str(folder/WEIGHTS), f"{len(content):,} bytes", "not a whole safetensors file"):
+        load_model(folder)
+
+
+def test_no_weights(folder):
+    (folder/WEIGHTS).unlink()
+    with fails(FileNotFoundError, f"no {WEIGHTS} and no {INDEX} in {folder}"): load_model(folder)
+
+
+def test_pickles_are_not_opened(folder):
+    class Boom:
+        def __reduce__(self): return (os.mkdir, (str(folder/"boom"),))
+    (folder/WEIGHTS).unlink()
+    torch.save(Boom(), folder/"pytorch_model.bin")
+    with fails(FileNotFoundError, f"no {WEIGHTS}", "pytorch_model.bin is not read"): load_model(folder)
+    assert not (folder/"boom").exists()
+
+
+def test_no_folder(source, tmp_path):
+    with fails(FileNotFoundError, f"no model folder {tmp_path/'nothing'}"): load_model(tmp_path/"nothing")
+    with fails(FileNotFoundError, "no model folder google/paligemma", "nothing is downloaded"):
+        load_model("google/paligemma-3b-pt-224")
+    with fails(ValueError, "expected the folder", str(source/WEIGHTS)): load_model(source/WEIGHTS)
+    (tmp_path/"empty").mkdir()
+    with fails(FileNotFoundError, f"no config.json in {tmp_path/'empty'}"): load_model(tmp_path/"empty")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "preprocessor_config.json"])
+def test_missing_file(folder, name):
+    (folder/name).unlink()
+    with fails(FileNotFoundError, name, str(folder)): load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"\xff\xfe\x00", b"{}"])
+def test_broken_json(folder, name, content):
+    (folder/name).write_bytes(content)
+    with fails(ValueError, str(folder/name)): load_model(folder)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("section, changes", [
+    (None, dict(vision_config=None)), (None, dict(text_config=[])), (None, dict(text_config={})),
+    *[("text_config", changes) for changes in (
+        dict(hidden_size=None), dict(hidden_size="big"), dict(hidden_size=-4), dict(hidden_size=10**18),
+        dict(head_dim=7), dict(num_key_value_heads=0), dict(num_key_value_heads=3), dict(num_hidden_layers=2.5),
+        dict(model_type="llama"))],
+    *[("vision_config", changes) for changes in (
+        dict(num_attention_heads=0), dict(patch_size=0), dict(hidden_act="relu"))],
+], ids=str)
+def test_impossible_config(folder, section, changes):
+    path = folder/"config.json"
+    content = json.loads(path.read_text())
+    edit_json(path, **changes if section is None else {section: content[section] | changes})
+    with pytest.raises(ValueError) as error: load_model(folder)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_sizes_that_do_not_fit_the_weights(folder):
+    content = json.loads((folder/"config.json").read_text())
+    edit_json(folder/"config.json", text_config=content["text_config"] | dict(intermediate_size=60))
+    with fails(ValueError, str(folder/WEIGHTS), "does not fit the config", "mlp", "expected [60, 40]"):
+        load_model(folder)
+    edit_json(folder/"config.json", text_config=content["text_config"] | dict(num_hidden_layers=3))
+    with fails(ValueError, str(folder/WEIGHTS), "missing 9", "language_model.model.layers.2."): load_model(folder)
+
+
+# --- saving
+
+def test_save_replaces_the_model_and_nothing_else(model, processor, folder):
+    (folder/"README.md").write_text("card")
+    (folder/"logs").mkdir()
+    (folder/"logs"/"model.safetensors").write_text("deeper, not ours")
+    (folder/"old.safetensors").write_text("stale weights")
+    log = open(folder/"loss.txt", "a")
+    other = make_model(processor, seed=1)
+    save_model(other, processor, folder)
+    assert same(load_model(folder, device="cpu")[0], other)
+    log.write("still open")
+    log.close()
+    assert (folder/"README.md").read_text() == "card" and (folder/"loss.txt").read_text() == "still open"
+    assert (folder/"logs"/"model.safetensors").exists() and not (folder/"old.safetensors").exists()
+    assert files(folder.parent) == [folder.name]  # nothing is left beside it
+
+
+def test_save_makes_folders_and_takes_odd_paths(model, processor, tmp_path, monkeypatch):
+    save_model(model, processor, tmp_path/"a"/"b"/"c")
+    (tmp_path/"empty").mkdir()
+    save_model(model, processor, str(tmp_path/"empty"))
+    (tmp_path/"link").symlink_to(tmp_path/"empty")
+    save_model(model, processor, tmp_path/"link")
+    assert (tmp_path/"link").is_symlink()
+    monkeypatch.chdir(tmp_path/"a")
+    save_model(model, processor, "b/../d")
+    for path in ("a/b/c", "empty", "link", "a/d"): assert same(load_model(tmp_path/path, device="cpu")[0], model)
+    assert (tmp_path/"empty").stat().st_mode == (tmp_path/"a").stat().st_mode  # as open to others as a plain folder
+
+
+def test_save_refuses(model, processor, folder, tmp_path):
+    (tmp_path/"photos").mkdir()
+    (tmp_path/"photos"/"cat.jpg").write_text("x")
+    with fails(ValueError, str(tmp_path/"photos"), "holds something else than a model"):
+        save_model(model, processor, tmp_path/"photos")
+    with fails(ValueError, "got a file", "cat.jpg"): save_model(model, processor, tmp_path/"photos"/"cat.jpg")
+    grown = make_model(processor, seed=1)
+    grown.multi_modal_projector.linear.lora = torch.nn.Parameter(torch.ones(2))
+    with fails(ValueError, "the model to save", "surplus 1", "multi_modal_projector.linear.lora"):
+        save_model(grown, processor, folder)
+    small = PaliGemmaProcessor(processor.tokenizer, 28, 4)
+    with fails(ValueError, "the model to save", "picture size is 28"): save_model(model, small, folder)
+    assert same(load_model(folder, device="cpu")[0], model) and files(tmp_path) == ["model", "photos"]
+
+
+@pytest.mark.parametrize("step", ["save_file", "_keep_other_files", "_write_json"])
+def test_failed_save_changes_nothing(model, processor, folder, monkeypatch, step):
+    def full(*args, **kwargs): raise OSError("no space left on device")
+    before = {name: (folder/name).read_bytes() for name in files(folder)}
+    monkeypatch.setattr(checkpoint, step, full)
+    with pytest.raises(OSError, match="no space left"): save_model(make_model(processor, seed=1), processor, folder)
+    assert before == {name: (folder/name).read_bytes() for name in files(folder)} and files(folder.parent) == ["model"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_every_step(model, processor, folder):
+    "The process dies, with no chance to tidy up, before its 1st, 2nd, … change of the disk: old or new is there."
+    (folder/"README.md").write_text("card")
+    other, seen = make_model(processor, seed=1), []
+    for last in count():
+        if (child := os.fork()) == 0:
+            steps = iter(range(last))
+            def dies_first(function):
+                def wrapped(*args, **kwargs):
+                    if next(steps, None) is None: os._exit(9)
+                    return function(*args, **kwargs)
+                return wrapped
+            try:
+                for owner, name in (
+                    *[(os, name) for name in ("mkdir", "link", "rename", "unlink", "rmdir")], (Path, "write_text"),
+                    (Path, "rename"), (checkpoint, "save_file"), (type(processor.tokenizer), "save"),
+                ):
+                    try: setattr(owner, name, dies_first(getattr(owner, name)))
+                    except TypeError: pass  # a class of a compiled library
+                save_model(other, processor, folder)
+                os._exit(0)
+            finally: os._exit(1)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, 9)
+        loaded, _ = load_model(folder, device="cpu")
+        seen.append("new" if same(loaded, other) else "old" if same(loaded, model) else "neither")
+        assert (folder/"README.md").read_text() == "card"
+        save_model(model, processor, folder)  # what the dead left behind is no hindrance
+        assert same(load_model(folder, device="cpu")[0], model) and files(folder.parent) == ["model"]
+        if status == 0: break
+    assert seen == sorted(seen, key=["old", "new"].index) and seen[0] == "old" and seen[-1] == "new" and len(seen) > 10
+
+
+# --- transformers, both ways
+
+@pytest.fixture(scope="module")
+def Theirs(): return pytest.importorskip("transformers").PaliGemmaForConditionalGeneration
+
+
+def relative(got, expected): return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("limit", [10**9, 100_000], ids=["one file", "shards"])
+def test_transformers_opens_ours(Theirs, model, processor, inputs, tmp_path, limit):
+    save_model(model, processor, tmp_path/"m", max_shard_size=limit)
+    theirs, info = Theirs.from_pretrained(tmp_path/"m", attn_implementation="eager", output_loading_info=True)
+    assert not any(info.values()), info
+    real = inputs["attention_mask"].bool()
+    assert relative(theirs(**inputs).logits[real], model(**inputs).logits[real]) <= 1e-5
+    assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == model.config.eos_token_id
+
+
+@pytest.mark.parametrize("limit", ["1GB", "100KB"], ids=["one file", "shards"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_we_open_theirs(Theirs, source, processor, model, tmp_path, limit, dtype):
+    theirs = Theirs.from_pretrained(source, dtype=dtype)
+    theirs.save_pretrained(tmp_path/"theirs", max_shard_size=limit)
+    processor.save_pretrained(tmp_path/"theirs")
+    assert (tmp_path/"theirs"/INDEX).exists() == (limit == "100KB")
+    loaded, _ = load_model(tmp_path/"theirs", device="cpu")
+    assert loaded.config == model.config and same(loaded, load_model(source, device="cpu", dtype=dtype)[0])
+    in_memory = {k: x.clone() for k, x in theirs.state_dict().items()}  # other names, and the head
+    save_file(in_memory, tmp_path/"theirs"/WEIGHTS)
+    assert same(load_model(tmp_path/"theirs", device="cpu")[0], loaded)
+
+
+def test_spelling_of_transformers_4(folder, model):
+    "`rope_theta` and `torch_dtype` instead of `rope_parameters` and `dtype`; keys that we do not know."
+    content = json.loads((folder/"config.json").read_text())
+    content["torch_dtype"] = content.pop("dtype")
+    content["text_config"]["rope_theta"] = content["text_config"].pop("rope_parameters")["rope_theta"]
+    content["text_config"]["hidden_act"] = "gelu"
+    content |= dict(hidden_size=40, ignore_index=-100, transformers_version="4.42.0")
+    (folder/"config.json").write_text(json.dumps(content))
+    assert read_config(folder) == model.config
+    assert same(load_model(folder, device="cpu")[0], model)
+
+
+def test_reading_shapes_opens_no_data(source, model):
+    assert WeightFiles(source).shapes == {k: tuple(x.shape) for k, x in model.state_dict().items()}

@@ -1,0 +1,243 @@
+"""Agreement with transformers (eager attention, float32, random weights): the numbers that every lesson promises.
+
+Each case is an odd shape of the model, because a model with the usual sizes forgives a swapped dimension."""
+from copy import deepcopy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import PaliGemmaConfig as TheirConfig
+from transformers import PaliGemmaForConditionalGeneration as Theirs
+
+from paligemma_nb.checkpoint import published_key
+from paligemma_nb.gemma import GemmaConfig
+from paligemma_nb.generation import generate
+from paligemma_nb.kv_cache import KVCache
+from paligemma_nb.paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from paligemma_nb.siglip import SiglipVisionConfig
+
+TOLERANCE = 1e-5
+VOCAB, IMAGE, EOS = 300, 290, 1
+
+
+@dataclass
+class Case:
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int = 48
+    image: int = 42
+    patch: int = 14
+    pictures: int = 1         # in each row
+    vision_heads: int = 3     # vision hidden 36
+    vocab: int = VOCAB
+    text: dict | None = None  # other settings of the decoder
+
+    @property
+    def config(self):
+        return PaliGemmaConfig(
+            SiglipVisionConfig(36, 52, 2, self.vision_heads, self.patch, self.image, layer_norm_eps=1e-6),
+            GemmaConfig(self.hidden, 76, 3, self.heads, self.kv_heads, self.vocab, self.head_dim, **self.text or {}),
+            image_token_index=IMAGE)
+
+
+CASES = {
+    "one KV head, head_dim 20 of 48/4": Case(4, 1, 20),
+    "two KV heads, heads wider than hidden": Case(4, 2, 32, image=28),
+    "all KV heads, 16 image tokens": Case(4, 4, 10, hidden=40, image=56),
+    "three of six, 45 px by patches of 14, other theta": Case(6, 3, 8, hidden=52, image=45, text=dict(rope_theta=500.)),
+    "two pictures a row": Case(4, 1, 16, image=29, pictures=2),
+    "three pictures a row, one patch each": Case(5, 5, 6, hidden=31, image=17, patch=17, pictures=3, vision_heads=2),
+    "seven heads of 2, prime hidden, other eps": Case(7, 1, 2, 53, image=31, patch=6, text=dict(rms_norm_eps=1e-3)),
+    "<image> lies past the embedding": Case(4, 2, 12, vocab=IMAGE),
+}
+
+
+def relative(got, expected):
+    assert got.shape == expected.shape
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
+def both(request):
+    "Their model and ours with the same random weights, and a batch whose rows begin with 0, 2 and 4 tokens of padding."
+    case, threads = request.param, torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = case.config
+    theirs = Theirs._from_config(TheirConfig(**config.to_dict()), attn_implementation="eager").eval()
+    with torch.no_grad():
+        # attention is far from flat then, and rounding errors stay about five times below TOLERANCE
+        for p in theirs.parameters(): p.normal_(0, .17)
+    ours = PaliGemmaForConditionalGeneration(config).eval()
+    weights = {published_key(name): w.detach().clone() for name, w in theirs.state_dict().items()}
+    head, embedding = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+    assert torch.equal(weights.pop(head), weights[embedding])  # theirs is tied, too
+    ours.load_state_dict(weights)
+    yield theirs, ours, batch(case)
+    torch.set_num_threads(threads)
+
+
+def batch(case, rows=3, prompt=7, suffix=5):
+    n = case.pictures * (case.image // case.patch) ** 2
+    t = n + prompt + suffix
+    ids, types, mask = (torch.full((rows, t), value) for value in (0, 0, 1))
+    for row, pad in enumerate((0, 2, 4)):
+        ids[row, pad:pad + n] = IMAGE
+        ids[row, pad + n:] = torch.randint(3, 250, (t - pad - n,))
+        mask[row, :pad] = 0
+    types[:, -suffix:] = 1
+    return dict(input_ids=ids, pixel_values=torch.randn(rows * case.pictures, 3, case.image, case.image),
+                attention_mask=mask, token_type_ids=types)
+
+
+def prefill(inputs, suffix=5): # the same rows without their suffix
+    return {name: x if name == "pixel_values" else x[:, :-suffix] for name, x in inputs.items()}
+
+
+def new_cache(model, inputs, room):
+    text, (rows, t) = model.config.text_config, inputs["input_ids"].shape
+    return KVCache(text.num_hidden_layers, rows, text.num_key_value_heads, t + room, text.head_dim)
+
+
+def test_attention_is_not_flat(both):
+    "A comparison says little if every query takes the mean: here the strongest key gets over twice its share."
+    theirs, _, inputs = both
+    for weights in theirs(**inputs, output_attentions=True).attentions:  # [b, h, t, t]
+        visible = (weights > 0).sum(dim=-1)
+        assert (weights.amax(dim=-1) * visible)[visible > 1].mean() > 2
+
+
+def test_prefill_of_a_padded_batch(both):
+    theirs, ours, inputs = both
+    inputs, real = prefill(inputs), prefill(inputs)["attention_mask"].bool()
+    expected, got = theirs(**inputs).logits, ours(**inputs).logits
+    assert relative(got[real], expected[real]) <= TOLERANCE
+    without_types = {name: x for name, x in inputs.items() if name != "token_type_ids"}  # zeros are our default
+    assert torch.equal(ours(**without_types).logits[real], got[real])
+    last = ours(**inputs, logits_to_keep=1).logits
+    assert relative(last, expected[:, -1:]) <= TOLERANCE
+
+
+def test_padding_changes_nothing(both):
+    _, ours, inputs = both
+    inputs = prefill(inputs)
+    together = ours(**inputs, logits_to_keep=1).logits
+    per_row = len(inputs["pixel_values"]) // len(together)
+    for i, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"].bool())):
+        alone = ours(ids[mask][None], inputs["pixel_values"][i * per_row:(i + 1) * per_row], logits_to_keep=1).logits
+        assert relative(together[i:i + 1], alone) <= TOLERANCE
+
+
+def test_each_cached_step(both):
+    theirs, ours, inputs = both
+    first, ids, mask = prefill(inputs), inputs["input_ids"], inputs["attention_mask"]
+    cache = new_cache(ours, first, 5)
+    got, expected = ours(**first, kv_cache=cache, logits_to_keep=1), theirs(**first, use_cache=True, logits_to_keep=1)
+    whole = theirs(**inputs).logits
+    for t in range(first["input_ids"].shape[1], ids.shape[1]):
+        assert relative(got.logits, expected.logits) <= TOLERANCE
+        assert relative(got.logits, whole[:, t - 1:t]) <= TOLERANCE  # as if all had been computed at once
+        got = ours(ids[:, t:t + 1], attention_mask=mask[:, :t + 1], kv_cache=cache)
+        expected = theirs(input_ids=ids[:, t:t + 1], attention_mask=mask[:, :t + 1], use_cache=True,
+                          past_key_values=expected.past_key_values)
+    assert relative(got.logits, whole[:, -1:]) <= TOLERANCE and cache.length == cache.max_length
+
+
+def test_suffix_after_a_cache_in_one_piece(both):
+    theirs, ours, inputs = both
+    cache = new_cache(ours, prefill(inputs), 5)
+    ours(**prefill(inputs), kv_cache=cache)
+    got = ours(inputs["input_ids"][:, -5:], attention_mask=inputs["attention_mask"], kv_cache=cache).logits
+    assert relative(got, theirs(**inputs).logits[:, -5:]) <= TOLERANCE
+
+
+def test_embeddings_in_bfloat16(both):
+    "The factor sqrt(hidden) is rounded to the weights' dtype first: bit for bit as they do it."
+    theirs, ours, _ = both
+    expected, got = deepcopy(theirs.get_input_embeddings()).bfloat16(), deepcopy(ours.language_model.model).bfloat16()
+    ids = torch.arange(200)
+    assert got.embed(ids).dtype == torch.bfloat16 and torch.equal(got.embed(ids), expected(ids))
+
+
+def test_loss_and_every_gradient(both):
+    theirs, ours, inputs = both
+    labels = inputs["input_ids"].masked_fill(inputs["token_type_ids"] == 0, -100)
+    labels[0, -1] = -100  # a row with fewer labels: the mean is over all labels of the batch
+    for model in both[:2]: model.zero_grad()
+    expected, got = theirs(**inputs, labels=labels), ours(**inputs, labels=labels)
+    assert relative(got.loss, expected.loss) <= TOLERANCE
+    expected.loss.backward()
+    got.loss.backward()
+    grads = {published_key(name): p.grad for name, p in theirs.named_parameters()}
+    assert grads.keys() == dict(ours.named_parameters()).keys()
+    largest = max(grad.abs().max() for grad in grads.values())
+    for name, p in ours.named_parameters():
+        # some gradients are zero but for rounding: softmax ignores a bias of all keys, and a choice among one key
+        bound = TOLERANCE * grads[name].abs().max() + 1e-7 * largest
+        assert (p.grad - grads[name]).abs().max() <= bound, name
+
+
+def test_greedy_tokens(both):
+    theirs, ours, inputs = both
+    inputs = prefill(inputs)
+    t = inputs["input_ids"].shape[1]
+    free = theirs.generate(**inputs, do_sample=False, max_new_tokens=12, eos_token_id=VOCAB + 1)[:, t:]
+    eos = free[0, 4].item()  # so that one row ends before the others
+    expected = theirs.generate(**inputs, do_sample=False, max_new_tokens=12, eos_token_id=eos, pad_token_id=0)[:, t:]
+    ours.config.eos_token_id = eos
+    assert torch.equal(generate(ours, inputs, max_new_tokens=12), expected)
+    ours.config.eos_token_id = EOS
+
+
+def test_nothing_leaks_from_the_suffix(both):
+    "The last suffix token is seen by itself alone; a prefix token is seen by all."
+    _, ours, inputs = both
+    real = inputs["attention_mask"].bool()
+
+    def changed(position): # [b, t]: which logits differ when this column holds another token
+        ids = inputs["input_ids"].clone()
+        ids[:, position] = ids[:, position] % 200 + 3
+        return (ours(**inputs | dict(input_ids=ids)).logits != before).any(dim=-1)
+
+    before = ours(**inputs).logits
+    last = changed(-1)
+    assert last[:, -1].all() and not last[:, :-1].any()
+    suffix = changed(-3)  # the third last: it, and the two after it
+    assert suffix[:, -3:].all() and not suffix[:, :-3].any()
+    assert changed(-6)[real].all()  # the prompt's last token: also the image tokens that stand before it
+
+
+def test_a_picture_reaches_every_token(both):
+    _, ours, inputs = both
+    other = ours(**inputs | dict(pixel_values=inputs["pixel_values"] + .1)).logits
+    assert (other != ours(**inputs).logits).any(dim=-1)[inputs["attention_mask"].bool()].all()
+
+
+def test_image_tower_runs_once_per_picture(both):
+    _, ours, inputs = both
+    inputs, seen = prefill(inputs), []
+    handle = ours.vision_tower.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    try:
+        generate(ours, inputs, max_new_tokens=6)
+        assert seen == [len(inputs["pixel_values"])]  # one call for the whole batch, none while decoding
+        features = ours.get_image_features(inputs["pixel_values"])
+        ours(inputs["input_ids"], image_features=features, attention_mask=inputs["attention_mask"])
+        assert len(seen) == 2  # features that are given are not computed again
+    finally: handle.remove()
+
+
+def test_wrong_numbers_of_image_tokens(both):
+    _, ours, inputs = both
+    inputs = prefill(inputs)
+    ids, pictures = inputs["input_ids"], inputs["pixel_values"]
+    found, n = int((ids == IMAGE).sum()), ours.config.vision_config.num_image_tokens
+    fewer = ids.clone()
+    fewer[0, 0] = 5
+    for bad, message in (
+        (dict(input_ids=fewer), f"hold {found - 1} <image> tokens, but the pictures give {found}"),
+        (dict(pixel_values=pictures[1:]), f"hold {found} <image> tokens, but the pictures give {found - n}"),
+        (dict(pixel_values=None), f"hold {found} <image> tokens, but the pictures give 0"),
+        (dict(pixel_values=pictures[..., :-1]), f"expected .*{pictures.shape[-1]}.*, got"),
+    ):
+        with pytest.raises(ValueError, match=message): ours(**inputs | bad)
