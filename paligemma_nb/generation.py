@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['nucleus', 'next_token', 'generate_tokens', 'generate', 'stream']
 
-# %% ../nbs/08_generation.ipynb #42018566
+# %% ../nbs/08_generation.ipynb #1c51d572
 """Answers, token by token: prefill, decode with a cache, greedy choice or nucleus sampling, whole or as a stream."""
 import math
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .kv_cache import KVCache
 
-# %% ../nbs/08_generation.ipynb #99afb5e8
+# %% ../nbs/08_generation.ipynb #c3ad1223
 def nucleus(
     probs: Tensor,  # [b, v], each row sums to 1
     top_p: float,   # mass to keep, above 0 and below 1
@@ -31,7 +31,7 @@ def nucleus(
     kept = ranked.masked_fill(mass - ranked >= top_p, 0)  # out, if those before it suffice; so the first always stays
     return kept / kept.sum(dim=-1, keepdim=True), ids
 
-# %% ../nbs/08_generation.ipynb #2701e942
+# %% ../nbs/08_generation.ipynb #dda1b897
 def next_token(
     logits: Tensor,                           # [b, v]
     temperature: float = 0.0,                 # 0: the most likely token; else logits are divided by it
@@ -47,7 +47,7 @@ def next_token(
     probs, ids = nucleus(probs, top_p)
     return ids.gather(-1, torch.multinomial(probs, 1, generator=generator)).squeeze(-1)
 
-# %% ../nbs/08_generation.ipynb #6ff84b2b
+# %% ../nbs/08_generation.ipynb #23bee231
 def generate_tokens(
     model,                                    # PaliGemmaForConditionalGeneration
     inputs: dict,                             # the processor's tensors; `image_features` may stand for `pixel_values`
@@ -69,7 +69,7 @@ def generate_tokens(
                          f"the context holds {limit}")
     return _decode(model, inputs, max_new_tokens, temperature if do_sample else 0.0, top_p, generator)
 
-# %% ../nbs/08_generation.ipynb #36f53815
+# %% ../nbs/08_generation.ipynb #1170221e
 @torch.inference_mode()
 def _decode(model, inputs, max_new_tokens, temperature, top_p, generator):
     config, weight = model.config, model.language_model.model.embed_tokens.weight
@@ -94,7 +94,7 @@ def _decode(model, inputs, max_new_tokens, temperature, top_p, generator):
         if ended.all(): return
         tokens, images = new[:, None], {}  # the picture is in the cache now
 
-# %% ../nbs/08_generation.ipynb #d1de6a20
+# %% ../nbs/08_generation.ipynb #307d43cd
 def generate(model, inputs: dict, *, max_new_tokens: int = 100, do_sample: bool = False, temperature: float = 0.8,
              top_p: float = 0.9, generator: torch.Generator | None = None,
 ) -> Tensor: # [b, t] new tokens only: each row up to and with its `eos`, then `pad`; t stops where the last row ended
@@ -103,7 +103,7 @@ def generate(model, inputs: dict, *, max_new_tokens: int = 100, do_sample: bool 
                             temperature=temperature, top_p=top_p, generator=generator)
     return torch.stack(list(steps), dim=1)
 
-# %% ../nbs/08_generation.ipynb #541e4998
+# %% ../nbs/08_generation.ipynb #e7210333
 def stream(model, processor, inputs: dict, *, max_new_tokens: int = 100, do_sample: bool = False,
            temperature: float = 0.8, top_p: float = 0.9, generator: torch.Generator | None = None,
 ) -> Iterator[str]: # pieces of text; joined they are the decoded answer
