@@ -8,6 +8,7 @@ medians are compared. Ratios above 1 mean that this package is faster or smaller
 """
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -26,9 +27,9 @@ def middle_model():
     from paligemma_nb.gemma import GemmaConfig
     from paligemma_nb.paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
     from paligemma_nb.processing import PaliGemmaProcessor
+    from paligemma_nb.siglip import SiglipVisionConfig
     from paligemma_nb.training import tiny_processor
     processor = PaliGemmaProcessor(tiny_processor().tokenizer, image_size=224, num_image_tokens=256)
-    from paligemma_nb.siglip import SiglipVisionConfig
     vision = SiglipVisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
                                 patch_size=14, image_size=224)
     text = GemmaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=8,
@@ -111,7 +112,13 @@ def memory_of(side, folder, dtype):
     from paligemma_nb.processing import PaliGemmaProcessor
     run = open_ours(folder, dtype)[-1] if side == "ours" else open_theirs(folder, dtype)[-1]
     run(PaliGemmaProcessor.from_pretrained(folder)([make_scene(0).image], ["caption en"]), 8)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024) / 1e3 * 1.024)
+    print(peak_bytes() / 1e6)
+
+
+def peak_bytes():
+    status = Path("/proc/self/status")  # on Linux getrusage would count what the parent held when it started this process
+    if status.exists(): return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def compare(
@@ -124,13 +131,14 @@ def compare(
     torch.set_num_threads(threads)
     if memory_of: return globals()["memory_of"](memory_of, folder, dtype)
     if size not in (*SIZES, "all"): sys.exit(f"--size: expected tiny, middle or all, got {size}")
+    import paligemma_nb
     import transformers
     from paligemma_nb.checkpoint import save_model
     from paligemma_nb.training import machine
     results = dict(machine=machine(), transformers=transformers.__version__, load=os.getloadavg(), repeats=repeats, rows=[])
     for name in SIZES if size == "all" else [size]:
         with tempfile.TemporaryDirectory() as temporary:
-            if name == "tiny": path, dtype = Path(__import__("paligemma_nb").__file__).parent / "tiny", "float32"
+            if name == "tiny": path, dtype = Path(paligemma_nb.__file__).parent / "tiny", "float32"
             else:
                 path, dtype = Path(temporary) / name, "bfloat16"
                 save_model(*middle_model(), path)
