@@ -6,7 +6,7 @@
 __all__ = ['SAMPLE', 'FLAGS', 'as_count', 'as_number', 'as_temperature', 'as_top_p', 'as_bool', 'as_text', 'as_device',
            'help_text', 'parse_flags', 'open_stream', 'main']
 
-# %% ../nbs/13_inference.ipynb #471bee5d
+# %% ../nbs/13_inference.ipynb #c159948b
 """The command line: a picture and a prompt in, the device and then the answer, as it comes, out.
 
     python -m paligemma_nb.inference --prompt "detect red circle" --image_file_path picture.png
@@ -23,19 +23,19 @@ import paligemma_nb
 # torch and the model are imported where they are needed: --help and a mistyped flag need not wait for them
 SAMPLE = Path(paligemma_nb.__file__).parent / "sample.png"  # a scene that the shipped model was not trained on
 
-# %% ../nbs/13_inference.ipynb #042609c7
+# %% ../nbs/13_inference.ipynb #e3270d2b
 def as_count(text: str) -> int: # at least 1
     try: count = int(text)
     except ValueError: count = 0
     if count < 1: raise ValueError(f"expected a whole number of at least 1, got {text!r}")
     return count
 
-# %% ../nbs/13_inference.ipynb #6b690117
+# %% ../nbs/13_inference.ipynb #7dae954e
 def as_number(text: str) -> float:
     try: return float(text)
     except ValueError: raise ValueError(f"expected a number, got {text!r}") from None
 
-# %% ../nbs/13_inference.ipynb #883b42eb
+# %% ../nbs/13_inference.ipynb #455bc81a
 def as_temperature(text: str) -> float: # 0 or more
     if not 0 <= (number := as_number(text)) < math.inf: raise ValueError(f"expected 0 or more, got {text!r}")
     return number
@@ -45,25 +45,25 @@ def as_top_p(text: str) -> float: # in (0, 1]
     if not 0 < (number := as_number(text)) <= 1: raise ValueError(f"expected more than 0 and at most 1, got {text!r}")
     return number
 
-# %% ../nbs/13_inference.ipynb #5aee2b4e
+# %% ../nbs/13_inference.ipynb #ac1e5dde
 def as_bool(text: str) -> bool:
     words = dict(true=True, yes=True, false=False, no=False) | {"1": True, "0": False}
     if text.lower() not in words: raise ValueError(f"expected True or False, got {text!r}")
     return words[text.lower()]
 
-# %% ../nbs/13_inference.ipynb #851b5011
+# %% ../nbs/13_inference.ipynb #7a3fbb49
 def as_text(text: str) -> str:
     if not text.strip(): raise ValueError("expected some text, got nothing")
     try: text.encode()
     except UnicodeEncodeError: raise ValueError(f"expected valid UTF-8, got {text!r}") from None
     return text
 
-# %% ../nbs/13_inference.ipynb #f235009b
+# %% ../nbs/13_inference.ipynb #e161fe3b
 def as_device(text: str) -> str:
     if re.fullmatch(r"cpu|mps|cuda(:\d+)?", text): return text
     raise ValueError(f"expected cpu, cuda, cuda:1 or mps, got {text!r}")
 
-# %% ../nbs/13_inference.ipynb #0a6c256d
+# %% ../nbs/13_inference.ipynb #c744010f
 FLAGS = {  # name -> (what makes a value of its text, default, explanation)
     "model_path": (as_text, None, "folder of a PaliGemma in the published file format [the tiny one shipped here]"),
     "prompt": (as_text, "caption en", 'such as "detect red circle" or "answer en what color is the star?"'),
@@ -76,7 +76,7 @@ FLAGS = {  # name -> (what makes a value of its text, default, explanation)
     "device": (as_device, None, "cpu, cuda, cuda:1 or mps [cuda if there is one, else cpu]"),
 }
 
-# %% ../nbs/13_inference.ipynb #c2bc54c2
+# %% ../nbs/13_inference.ipynb #f3143491
 def help_text() -> str:
     lines = [f"  --{name:24}{explanation}{'' if default is None or '[' in explanation else f' [{default}]'}"
              for name, (_, default, explanation) in FLAGS.items()]
@@ -84,7 +84,7 @@ def help_text() -> str:
     usage = "Usage: paligemma-nb [--flag value | --flag=value] ..."
     return "\n".join([usage, "", about, "", "Flags [and what holds without them]:", *lines])
 
-# %% ../nbs/13_inference.ipynb #496e7941
+# %% ../nbs/13_inference.ipynb #b9e59614
 def parse_flags(
     argv: list[str], # the command's arguments, without its name
 ) -> dict | None: # a value for every flag; None if help is asked for
@@ -113,7 +113,7 @@ def parse_flags(
         raise ValueError(f"--only_cpu and --device {values['device']} exclude each other")
     return values
 
-# %% ../nbs/13_inference.ipynb #df77262c
+# %% ../nbs/13_inference.ipynb #3f8d686b
 def open_stream(
     values: dict, # from `parse_flags`
 ): # -> name of the device, iterator over the pieces of the answer
@@ -130,7 +130,7 @@ def open_stream(
     pieces = stream(model, processor, inputs, max_new_tokens=values["max_tokens_to_generate"], **settings)
     return str(next(model.parameters()).device), pieces
 
-# %% ../nbs/13_inference.ipynb #c4554159
+# %% ../nbs/13_inference.ipynb #ccbb848a
 def main(
     argv: list[str] | None = None, # default: those of the process
 ) -> int: # exit code: 0 answered, 2 bad input, 130 interrupted, 141 nobody reads the output
@@ -155,5 +155,5 @@ def _run(argv):
     print(flush=True)
     return 0
 
-# %% ../nbs/13_inference.ipynb #06453efb
+# %% ../nbs/13_inference.ipynb #010e4700
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())  # not in a notebook
