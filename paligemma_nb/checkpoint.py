@@ -6,7 +6,7 @@
 __all__ = ['WEIGHTS', 'INDEX', 'FLOATS', 'published_key', 'check_shapes', 'empty_model', 'read_config', 'WeightFiles',
            'load_weights', 'load_model', 'save_model']
 
-# %% ../nbs/09_checkpoint.ipynb #4386d6e2
+# %% ../nbs/09_checkpoint.ipynb #dc067b94
 import json
 import os
 import re
@@ -26,7 +26,7 @@ from .processing import PaliGemmaProcessor
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = dict(F32=torch.float32, BF16=torch.bfloat16, F16=torch.float16, F64=torch.float64)  # by safetensors' names
 
-# %% ../nbs/09_checkpoint.ipynb #97654fab
+# %% ../nbs/09_checkpoint.ipynb #a18b48c1
 def published_key(
     key: str, # a tensor's name in any of the layouts that transformers has written
 ) -> str: # its name in the published PaliGemma files, which is also its name in our model
@@ -36,7 +36,7 @@ def published_key(
     key = re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", key)
     return "language_model.lm_head.weight" if key == "lm_head.weight" else key
 
-# %% ../nbs/09_checkpoint.ipynb #0065d721
+# %% ../nbs/09_checkpoint.ipynb #a9e4fa69
 def _shapes(tensors): return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
@@ -62,7 +62,7 @@ def check_shapes(
              if shape != found[name]]
     if wrong: raise ValueError(f"{source} does not fit the config: {_shorten(wrong)}")
 
-# %% ../nbs/09_checkpoint.ipynb #c68a056b
+# %% ../nbs/09_checkpoint.ipynb #6ad9c1f3
 class _SkipInit(TorchFunctionMode):
     "Leaves out random initialisation: nothing on the meta device, but the first time it imports torch's compiler."
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -75,7 +75,7 @@ def empty_model(
 ) -> PaliGemmaForConditionalGeneration: # on the meta device: names, shapes and dtypes, but no memory behind them
     with torch.device("meta"), _SkipInit(): return PaliGemmaForConditionalGeneration(config)
 
-# %% ../nbs/09_checkpoint.ipynb #3779d337
+# %% ../nbs/09_checkpoint.ipynb #71d35513
 def _read_json(path):
     try: content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e: raise ValueError(f"{path} is not JSON: {e}") from None
@@ -92,7 +92,7 @@ def read_config(
     try: return PaliGemmaConfig.from_dict(content)
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as e: raise ValueError(f"{path}: {e}") from None
 
-# %% ../nbs/09_checkpoint.ipynb #b95204fc
+# %% ../nbs/09_checkpoint.ipynb #8d536781
 def _find_weights(folder):
     for path in (folder / WEIGHTS, folder / INDEX):
         if path.is_file(): return path
@@ -119,7 +119,7 @@ def _read_index(path):
         if file != Path(file).name: raise ValueError(f"{path}: {file!r} is no file name of this folder")
     return shards
 
-# %% ../nbs/09_checkpoint.ipynb #ac013136
+# %% ../nbs/09_checkpoint.ipynb #eb59aade
 class WeightFiles:
     """The tensors of a folder's safetensors files, memory-mapped, under their published names.
 
@@ -152,7 +152,7 @@ class WeightFiles:
         file, key = self._tensors[name]
         return file.get_tensor(key)
 
-# %% ../nbs/09_checkpoint.ipynb #9435f30e
+# %% ../nbs/09_checkpoint.ipynb #483634a4
 _HEAD, _EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 
 
@@ -176,7 +176,7 @@ def load_weights(
     dtype = dtype or embedding.dtype
     model.load_state_dict({name: files[name].to(device, dtype) for name in found}, assign=True)
 
-# %% ../nbs/09_checkpoint.ipynb #cd4d909f
+# %% ../nbs/09_checkpoint.ipynb #0c293420
 def _first_line(error): return str(error).split("\n")[0]
 
 
@@ -207,7 +207,7 @@ def _check_processor(processor, config, source):
     if processor.vocab_size > rows + 1:  # the id of <image> may lie past the table: its row is never looked up
         raise ValueError(f"{source}: the tokenizer has {processor.vocab_size} tokens, the embedding {rows} rows")
 
-# %% ../nbs/09_checkpoint.ipynb #2954ae38
+# %% ../nbs/09_checkpoint.ipynb #6144963f
 def _new_and_old(path): # the names that a folder has while it is being written, and while it is being replaced
     return path.parent / f".{path.name}.new", path.parent / f".{path.name}.old"
 
@@ -217,7 +217,7 @@ def _recover(path):
     _, old = _new_and_old(path.resolve())
     if old.is_dir() and not path.exists(): old.rename(path.resolve())
 
-# %% ../nbs/09_checkpoint.ipynb #92dc1bb3
+# %% ../nbs/09_checkpoint.ipynb #5b8f1c14
 def load_model(
     model_path: str | Path | None = None,            # folder of the published files; None: the tiny model shipped here
     *, device: torch.device | str | None = None,     # None: CUDA if there is one, else the CPU
@@ -241,7 +241,7 @@ def load_model(
     load_weights(model, folder, device=device, dtype=dtype)
     return model.eval(), processor
 
-# %% ../nbs/09_checkpoint.ipynb #b5bddfc1
+# %% ../nbs/09_checkpoint.ipynb #410eba1a
 # of an old model that is replaced: what the new one may not have a file for
 _STALE = {INDEX, "processor_config.json", "tokenizer.model", "added_tokens.json", "special_tokens_map.json"}
 
@@ -258,7 +258,7 @@ def _keep_other_files(old, new):
 
     shutil.copytree(old, new, copy_function=link, ignore=is_replaced, symlinks=True, dirs_exist_ok=True)
 
-# %% ../nbs/09_checkpoint.ipynb #39579bab
+# %% ../nbs/09_checkpoint.ipynb #2faf7979
 def _write_json(path, content):
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -277,7 +277,7 @@ def _write_weights(tensors, folder, max_shard_size):
         metadata=dict(total_size=sum(tensor.nbytes for tensor in tensors.values())),
         weight_map={name: file for file, shard in zip(files, shards) for name in shard}))
 
-# %% ../nbs/09_checkpoint.ipynb #a2901b0a
+# %% ../nbs/09_checkpoint.ipynb #ff96fd9c
 def _check_model(model, processor):
     check_shapes(_shapes(empty_model(model.config).state_dict()), _shapes(model.state_dict()), "the model to save")
     _check_processor(processor, model.config, "the model to save")
@@ -288,7 +288,7 @@ def _check_target(path):
     if path.exists() and any(path.iterdir()) and not (path / "config.json").is_file():
         raise ValueError(f"{path} holds something else than a model: expected a new folder, an empty one or a model's")
 
-# %% ../nbs/09_checkpoint.ipynb #543fc0d5
+# %% ../nbs/09_checkpoint.ipynb #30b4cd52
 def save_model(
     model: PaliGemmaForConditionalGeneration,
     processor: PaliGemmaProcessor,

@@ -8,7 +8,7 @@ __all__ = ['KIND_WEIGHTS', 'STAGES', 'VALIDATION', 'Example', 'scene_examples', 
            'training_precision', 'train_step', 'save_state', 'load_state', 'grade', 'evaluate', 'train', 'marks_table',
            'machine', 'model_card', 'save_trained', 'train_tiny', 'measure', 'main']
 
-# %% ../nbs/12_training.ipynb #d04137ee
+# %% ../nbs/12_training.ipynb #b4401bc0
 # Trains and measures the PaliGemma that this package ships:
 #     python -m paligemma_nb.training train      # from nothing, on a GPU if there is one
 #     python -m paligemma_nb.training evaluate   # its marks on scenes that it never saw
@@ -39,7 +39,7 @@ from .processing import PaliGemmaProcessor, train_tokenizer
 from .scenes import COLORS, HELD_OUT, SHAPES, Scene, make_scene
 from .siglip import SiglipVisionConfig
 
-# %% ../nbs/12_training.ipynb #c7431e21
+# %% ../nbs/12_training.ipynb #396661d6
 @dataclass(frozen=True)
 class Example:
     "One line of training text about a picture."
@@ -48,7 +48,7 @@ class Example:
     suffix: str         # what the model should answer
     boxes: tuple = ()   # the true boxes (x1, y1, x2, y2) in pixels, for 'detect'
 
-# %% ../nbs/12_training.ipynb #d9d56397
+# %% ../nbs/12_training.ipynb #47906114
 def scene_examples(
     scene: Scene,
     rng: np.random.Generator, # picks the absent thing
@@ -66,7 +66,7 @@ def scene_examples(
     examples["absent"] = [Example("absent", f"detect {absent[rng.integers(len(absent))]}", "")]
     return examples
 
-# %% ../nbs/12_training.ipynb #303078c3
+# %% ../nbs/12_training.ipynb #e4744bcb
 KIND_WEIGHTS = dict(caption=3, detect=8, absent=0.5, count=3, exists=1, color=1, shape=1, where=1.5)
 
 def sample_examples(scene: Scene, num: int, rng: np.random.Generator, kind_weights: dict[str, float] = KIND_WEIGHTS,
@@ -76,7 +76,7 @@ def sample_examples(scene: Scene, num: int, rng: np.random.Generator, kind_weigh
     kinds = rng.choice(list(examples), num, replace=False, p=weights / weights.sum())
     return [examples[kind][rng.integers(len(examples[kind]))] for kind in kinds]
 
-# %% ../nbs/12_training.ipynb #00290a6b
+# %% ../nbs/12_training.ipynb #b814643b
 def tiny_processor() -> PaliGemmaProcessor: # 112 px, 64 image tokens, a vocabulary made of the scenes' words
     scenes = [make_scene(seed) for seed in range(2_000)]
     examples = [e for s in scenes for found in scene_examples(s, np.random.default_rng(s.seed)).values() for e in found]
@@ -91,7 +91,7 @@ def tiny_config(processor: PaliGemmaProcessor) -> PaliGemmaConfig: # 3.8 M param
                        num_key_value_heads=1, head_dim=48, vocab_size=processor.vocab_size, max_position_embeddings=512)
     return PaliGemmaConfig(vision, text, image_token_index=processor.image_token_id)
 
-# %% ../nbs/12_training.ipynb #19bd1da6
+# %% ../nbs/12_training.ipynb #f0a0bbbc
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides what a training run does: the same recipe gives the same run."
@@ -110,7 +110,7 @@ class Recipe:
     def rate(self, step: int) -> float: # factor on both learning rates
         return min((step + 1) / self.warmup_steps, 1.0, (self.steps - step) / self.decay_steps)
 
-# %% ../nbs/12_training.ipynb #e1ecdc3d
+# %% ../nbs/12_training.ipynb #0947fa5f
 def make_batch(processor: PaliGemmaProcessor, recipe: Recipe, step: int,
 ) -> dict[str, Tensor]: # the processor's tensors; the prompts of a scene stand next to each other
     "The batch depends on the recipe and the step alone, so that a stopped run goes on as if it had not stopped."
@@ -122,7 +122,7 @@ def make_batch(processor: PaliGemmaProcessor, recipe: Recipe, step: int,
             for example in sample_examples(scene, recipe.prompts_per_scene, rng, recipe.kind_weights)]
     return processor([pixels for pixels, _ in rows], [e.prompt for _, e in rows], [e.suffix for _, e in rows])
 
-# %% ../nbs/12_training.ipynb #d23cf95d
+# %% ../nbs/12_training.ipynb #51b91a54
 def batch_loss(model: PaliGemmaForConditionalGeneration, batch: dict[str, Tensor],
     prompts_per_scene: int = 1, # so many rows in a run share a picture
 ) -> Tensor: # scalar
@@ -133,7 +133,7 @@ def batch_loss(model: PaliGemmaForConditionalGeneration, batch: dict[str, Tensor
     text = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids", "labels")}
     return model(**text, image_features=features, logits_to_keep=suffix_length + 1).loss
 
-# %% ../nbs/12_training.ipynb #e215d52f
+# %% ../nbs/12_training.ipynb #cf9a7a00
 def waves(
     x: Tensor,      # [m] places, 0 … 1
     dim: int,       # even
@@ -144,7 +144,7 @@ def waves(
     angles = 2 * math.pi * x[:, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=1) * (2 / dim) ** 0.5
 
-# %% ../nbs/12_training.ipynb #6f5a30ec
+# %% ../nbs/12_training.ipynb #67cf5889
 @torch.no_grad()
 def initialize(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor, seed: int = 0):
     "Random weights to start from. Blocks begin as identities; what stands for a place begins as waves."
@@ -163,7 +163,7 @@ def initialize(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaPro
     line = waves((torch.arange(side) + 0.5) / side, half, highest=side / 2) * half ** 0.5 / 2  # [side, half]
     positions.copy_(torch.cat((line.repeat_interleave(side, 0), line.repeat(side, 1)), dim=1))
 
-# %% ../nbs/12_training.ipynb #3a79f2ee
+# %% ../nbs/12_training.ipynb #b73c620e
 def make_optimizers(model: nn.Module, recipe: Recipe) -> dict[str, torch.optim.Optimizer]: # 'muon' and 'adamw'
     "Muon (arXiv 2502.16982) for the matrices of the layers, AdamW for everything else."
     inside = {n: p for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2}
@@ -171,13 +171,13 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> dict[str, torch.optim.O
     muon = torch.optim.Muon(inside.values(), lr=recipe.muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     return dict(muon=muon, adamw=torch.optim.AdamW(others, lr=recipe.adamw_lr, weight_decay=0.0, betas=(0.9, 0.98)))
 
-# %% ../nbs/12_training.ipynb #4f2e0fa7
-STAGES = (  # the shipped model's training
+# %% ../nbs/12_training.ipynb #e8fc75b5
+STAGES = (
     Recipe(),
-    Recipe(steps=1_700, single_object_steps=0, muon_lr=1.5e-3, adamw_lr=7e-4, warmup_steps=50, decay_steps=1_650, seed=1,
-           kind_weights=dict(caption=1.5, detect=4, absent=0.7, count=2, exists=3, color=4, shape=3, where=3)))
+    Recipe(steps=1_700, single_object_steps=0, muon_lr=1.5e-3, adamw_lr=7e-4, warmup_steps=50, decay_steps=1_650,
+           seed=1, kind_weights=dict(caption=1.5, detect=4, absent=0.7, count=2, exists=3, color=4, shape=3, where=3)))
 
-# %% ../nbs/12_training.ipynb #55e026d5
+# %% ../nbs/12_training.ipynb #89d6e099
 @contextmanager
 def training_precision(device: str): # 'cpu' or 'cuda'
     "bfloat16 for the matrix products, float32 for the weights and what is delicate."
@@ -189,7 +189,7 @@ def training_precision(device: str): # 'cpu' or 'cuda'
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 
-# %% ../nbs/12_training.ipynb #4ab73044
+# %% ../nbs/12_training.ipynb #ec598fa4
 def train_step(model: PaliGemmaForConditionalGeneration, optimizers: dict[str, torch.optim.Optimizer],
     batch: dict[str, Tensor], recipe: Recipe, step: int,
 ) -> float: # loss before the update; the batch is moved to the model's device
@@ -205,7 +205,7 @@ def train_step(model: PaliGemmaForConditionalGeneration, optimizers: dict[str, t
         optimizers[name].zero_grad()
     return loss.item()
 
-# %% ../nbs/12_training.ipynb #caf193ba
+# %% ../nbs/12_training.ipynb #1ea1c8e4
 def save_state(path: Path, model: nn.Module, optimizers: dict, step: int, recipe: Recipe, history: list):
     "Everything a stopped run needs to go on. Written aside, then renamed: a kill leaves the old file or the new one."
     tensors = {f"model/{n}": p.detach() for n, p in model.named_parameters()}
@@ -234,7 +234,7 @@ def load_state(path: Path, model: nn.Module, optimizers: dict, recipe: Recipe,
         optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()["param_groups"]))
     return metadata["step"], metadata["history"]
 
-# %% ../nbs/12_training.ipynb #67aeee31
+# %% ../nbs/12_training.ipynb #0bed2a11
 def grade(example: Example, answer: str,
     size: tuple[int, int], # width, height of the picture, px
 ) -> dict[str, float]: # marks, 0 … 1: 'right'; for one box 'iou', 'over_half', 'right'; for several 'all_found'
@@ -247,7 +247,7 @@ def grade(example: Example, answer: str,
     first = float(iou[0, 0]) if found else 0.0
     return dict(iou=first, over_half=float(first > 0.5), right=float(matched))
 
-# %% ../nbs/12_training.ipynb #782421f9
+# %% ../nbs/12_training.ipynb #13c4d02c
 def evaluate(
     model: PaliGemmaForConditionalGeneration,
     processor: PaliGemmaProcessor,
@@ -274,7 +274,7 @@ def evaluate(
     means = {kind: {mark: float(np.mean(values)) for mark, values in found.items()} for kind, found in marks.items()}
     return {kind: means[kind] | dict(asked=max(map(len, marks[kind].values()))) for kind in sorted(means)}, answers
 
-# %% ../nbs/12_training.ipynb #583f33f3
+# %% ../nbs/12_training.ipynb #845ee452
 VALIDATION = HELD_OUT + 10**6  # scenes for the curves, apart from those of the final results
 
 def train(
@@ -304,7 +304,7 @@ def train(
         losses, started = [], time.perf_counter()
     return history
 
-# %% ../nbs/12_training.ipynb #241f11ae
+# %% ../nbs/12_training.ipynb #a6b38dff
 def marks_table(
     results: dict[str, dict[str, float]], # as `evaluate` returns them
 ) -> str: # Markdown
@@ -315,7 +315,7 @@ def marks_table(
     table = [["task", "asked"] + [names[mark] for mark in marks], ["---"] * (2 + len(marks)), *rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in table)
 
-# %% ../nbs/12_training.ipynb #2e0315c7
+# %% ../nbs/12_training.ipynb #c54bdb73
 def machine() -> str: # what a measurement was made on
     import platform
     name, cpus = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
@@ -323,7 +323,7 @@ def machine() -> str: # what a measurement was made on
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{name}, threads: {torch.get_num_threads()}"
     return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
 
-# %% ../nbs/12_training.ipynb #57f799b6
+# %% ../nbs/12_training.ipynb #cb7f09ea
 def model_card(model, processor, stages, history: list[dict], results: dict, answers: list) -> str: # Markdown
     failures = [(seed, e, text) for seed, e, text, marks in answers if min(marks.values()) < 0.5]
     shown = failures[::max(len(failures) // 10, 1)][:10]  # spread over the tasks, not picked
@@ -353,7 +353,7 @@ Greedy answers on {results["num_scenes"]:,} scenes from seed {results["first_see
 | seed | prompt | truth | answer |
 |---|---|---|---|""", *rows, ""])
 
-# %% ../nbs/12_training.ipynb #dc87999c
+# %% ../nbs/12_training.ipynb #f93773dd
 def save_trained(folder: Path, model, processor, stages, history: list[dict], num_scenes: int = 1_000):
     "The model in the published format; beside it its history, its results on unseen scenes and its card."
     marks, answers = evaluate(model, processor, num_scenes)
@@ -364,11 +364,13 @@ def save_trained(folder: Path, model, processor, stages, history: list[dict], nu
                        ("README.md", model_card(model, processor, stages, history, results, answers))):
         (folder / name).write_text(text, encoding="utf-8")
 
-# %% ../nbs/12_training.ipynb #7af57a3e
+# %% ../nbs/12_training.ipynb #e3b7566a
 def train_tiny(
     output_path: str = "runs/tiny", # the finished model goes to its folder `model`; a run that was stopped goes on
+    **unknown,                      # refused: the command line would else start and complain afterwards
 ) -> None:
     "Trains the shipped model from nothing, on a GPU if there is one, measures it and writes its card."
+    if unknown: raise ValueError(f"unknown flag --{next(iter(unknown))}: expected --output_path")
     processor = tiny_processor()
     model = PaliGemmaForConditionalGeneration(tiny_config(processor))
     initialize(model, processor)
@@ -384,13 +386,15 @@ def measure(
     model_path: str | None = None, # a folder; by default the shipped model
     num_scenes: int = 1_000,
     first_seed: int = HELD_OUT,
+    **unknown,                     # refused
 ) -> None:
     "Marks a model on scenes that it never saw, and prints the table."
+    if unknown: raise ValueError(f"unknown flag --{next(iter(unknown))}: expected --model_path, --num_scenes or --first_seed")
     model, processor = load_model(model_path)
     results, _ = evaluate(model, processor, num_scenes, first_seed)
     print(f"{num_scenes:,} scenes from seed {first_seed:,} on; {machine()}\n\n{marks_table(results)}")
 
-# %% ../nbs/12_training.ipynb #aa8b01b9
+# %% ../nbs/12_training.ipynb #6dd9fa99
 def main():
     "The command line: `python -m paligemma_nb.training train` and `… evaluate`; `--help` lists the flags."
     import fire

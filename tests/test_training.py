@@ -187,3 +187,10 @@ def test_command_line_helps_and_refuses():
     command = [sys.executable, "-m", "paligemma_nb.training"]
     done = subprocess.run([*command, "evaluate", "--model_path", "nowhere"], capture_output=True, text=True)
     assert done.returncode == 2 and "nowhere" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_unknown_flags_start_nothing(command):
+    done = subprocess.run([sys.executable, "-m", "paligemma_nb.training", command, "--stepz", "3"],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "--stepz" in done.stderr and "Traceback" not in done.stderr
