@@ -367,29 +367,27 @@ def save_trained(folder: Path, model, processor, stages, history: list[dict], nu
 # %% ../nbs/12_training.ipynb #e3b7566a
 def train_tiny(
     output_path: str = "runs/tiny", # the finished model goes to its folder `model`; a run that was stopped goes on
-    **unknown,                      # refused: the command line would else start and complain afterwards
+    **unknown,                      # refused: Fire would else start first and complain afterwards
 ) -> None:
     "Trains the shipped model from nothing, on a GPU if there is one, measures it and writes its card."
-    if unknown: raise ValueError(f"unknown flag --{next(iter(unknown))}: expected --output_path")
+    if unknown: raise ValueError(f"unknown flags {list(unknown)}: expected output_path")
     processor = tiny_processor()
     model = PaliGemmaForConditionalGeneration(tiny_config(processor))
     initialize(model, processor)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     history = []
     for i, recipe in enumerate(STAGES, 1):
-        rows = train(Path(output_path) / f"stage{i}", model, processor, recipe)
-        history += [row | dict(stage=i) for row in rows]
+        history += [row | dict(stage=i) for row in train(Path(output_path) / f"stage{i}", model, processor, recipe)]
     save_trained(Path(output_path) / "model", model, processor, STAGES, history)
 
 
 def measure(
     model_path: str | None = None, # a folder; by default the shipped model
     num_scenes: int = 1_000,
-    first_seed: int = HELD_OUT,
-    **unknown,                     # refused
+    first_seed: int = HELD_OUT, **unknown, # unknown flags are refused
 ) -> None:
     "Marks a model on scenes that it never saw, and prints the table."
-    if unknown: raise ValueError(f"unknown flag --{next(iter(unknown))}: expected --model_path, --num_scenes or --first_seed")
+    if unknown: raise ValueError(f"unknown flags {list(unknown)}: expected model_path, num_scenes or first_seed")
     model, processor = load_model(model_path)
     results, _ = evaluate(model, processor, num_scenes, first_seed)
     print(f"{num_scenes:,} scenes from seed {first_seed:,} on; {machine()}\n\n{marks_table(results)}")
