@@ -72,15 +72,19 @@ class GemmaAttention(nn.Module):
         self.v_proj = nn.Linear(c, k * d, bias=False)
         self.o_proj = nn.Linear(h * d, c, bias=False)
 
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, # as for `forward`
+    ) -> tuple[Tensor, Tensor, Tensor]: # queries [b, h, t, d], keys and values [b, k, t, d]; the first two are turned
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return apply_rotary_pos_emb(q, cos, sin), apply_rotary_pos_emb(k, cos, sin), v
+
     def forward(self,
         x: Tensor,                           # [b, t, c]
         cos: Tensor, sin: Tensor,            # [b or 1, t, d] angles of the new tokens
         mask: Tensor | None,                 # bool, broadcasts to [b, 1, t, all tokens]; True = may look; None = all
         kv_cache: KVCache | None = None,     # what earlier tokens left
     ) -> Tensor: # [b, t, c]
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [b, h or k, t, d]
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rotary_pos_emb(q, cos, sin), apply_rotary_pos_emb(k, cos, sin)
+        q, k, v = self.project(x, cos, sin)
         if kv_cache is not None: k, v = kv_cache.update(self.layer_idx, k, v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(out.transpose(1, 2).flatten(2))  # [b, t, c]

@@ -1,16 +1,20 @@
-"Answers: batches whose rows end apart, greedy against the plain loop, sampling against transformers and by its counts, streams."
+"""Answers: batches whose rows end apart, greedy against the plain loop, sampling against transformers and by its counts,
+streams, the probabilities of answers and what was looked at while they were written."""
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import TopPLogitsWarper
 
+from paligemma_nb import generation
 from paligemma_nb.gemma import GemmaConfig
-from paligemma_nb.generation import _pieces, generate, generate_tokens, next_token, nucleus, stream
+from paligemma_nb.generation import (_pieces, answer_attention, answer_probs, generate, generate_tokens, next_token, nucleus,
+                                     stream, token_ends)
 from paligemma_nb.paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma_nb.processing import PaliGemmaProcessor, train_tokenizer
 from paligemma_nb.siglip import SiglipVisionConfig
@@ -275,3 +279,186 @@ def test_stream_is_generate(model, inputs):
 
 def test_stream_serves_one_row(model, inputs):
     with pytest.raises(ValueError, match="stream serves one prompt, got 5"): stream(model, processor, inputs)
+
+
+# --- answers, read again
+
+@pytest.fixture
+def loop_probs(monkeypatch): # call(model, inputs, **settings) -> what generate wrote, and the probability it gave to each token
+    def call(model, inputs, **settings):
+        probs = []
+        def spy(logits, *args):
+            new = next_token(logits, *args)
+            probs.append(logits.float().softmax(dim=-1).gather(-1, new[:, None])[:, 0])
+            return new
+        monkeypatch.setattr(generation, "next_token", spy)
+        ids = generate(model, inputs, **settings)
+        monkeypatch.undo()
+        return ids, torch.stack(probs, dim=1)
+    return call
+
+
+def behind_eos(model, ids): # bool [b, t], one token at a time
+    behind = torch.zeros_like(ids, dtype=torch.bool)
+    for r in range(len(ids)):
+        for i in range(1, ids.shape[1]): behind[r, i] = behind[r, i - 1] or ids[r, i - 1] == model.config.eos_token_id
+    return behind
+
+
+@pytest.mark.parametrize("choice", [{}, dict(do_sample=True, temperature=1.0, top_p=1.0)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("loud", [1, 3])  # 3: `<image>` would often be the likeliest token, if it were allowed
+def test_probabilities_are_those_of_the_loop(ending, inputs, loop_probs, choice, loud):
+    model = copy.deepcopy(ending)
+    with torch.no_grad(): model.language_model.model.embed_tokens.weight[processor.image_token_id] *= loud
+    chance = torch.Generator().manual_seed(4)
+    ids, expected = loop_probs(model, inputs, max_new_tokens=20, generator=chance, **choice)
+    behind, got = behind_eos(model, ids), answer_probs(model, inputs, ids)
+    assert got.dtype == torch.float32 and got.shape == ids.shape and not got.requires_grad
+    torch.testing.assert_close(got[~behind], expected[~behind], rtol=1e-4, atol=1e-7)
+    assert (got[behind] == 1).all() and (behind.any() or choice)
+
+
+ANY_TOKENS = st.sampled_from([0, 1, 5, 9, 270, 271, 300, processor.vocab_size - 1]).filter(lambda i: i != processor.image_token_id)
+
+
+@settings(max_examples=25)
+@given(st.lists(st.lists(ANY_TOKENS, min_size=5, max_size=5), min_size=1, max_size=6))
+def test_any_answer_is_read_as_step_by_step(model, inputs, columns):
+    "Also one that holds `<pad>` itself: only what stands behind `<eos>` is padding."
+    model, ids = copy.copy(model), torch.tensor(columns).T
+    model.config = dataclasses.replace(model.config, eos_token_id=1)
+    features = dict(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
+                    image_features=model.get_image_features(inputs["pixel_values"]).detach())
+    got, behind = answer_probs(model, features, ids), behind_eos(model, ids)
+    for i in range(ids.shape[1]):
+        before = torch.cat((inputs["input_ids"], ids[:, :i]), dim=1)
+        types = (torch.arange(before.shape[1]) >= inputs["input_ids"].shape[1]).long().expand_as(before)
+        mask = torch.cat((inputs["attention_mask"], torch.ones_like(ids[:, :i])), dim=1)
+        logits = model(before, attention_mask=mask, token_type_ids=types, image_features=features["image_features"]).logits[:, -1]
+        logits[:, processor.image_token_id] = -torch.inf
+        expected = logits.softmax(dim=-1).gather(-1, ids[:, i:i + 1])[:, 0].masked_fill(behind[:, i], 1)
+        torch.testing.assert_close(got[:, i], expected, rtol=1e-4, atol=1e-9)
+
+
+def test_probabilities_of_all_first_tokens_sum_to_one(model, inputs):
+    v, one = processor.vocab_size, row(inputs, 1)
+    allowed = torch.tensor([i for i in range(v) if i != processor.image_token_id])[:, None]
+    features = model.get_image_features(one["pixel_values"]).detach()
+    many = dict(input_ids=one["input_ids"].expand(len(allowed), -1), image_features=features.expand(len(allowed), -1, -1))
+    assert abs(answer_probs(model, many, allowed).sum() - 1) < 1e-4
+
+
+def test_each_row_is_read_as_if_alone(ending, inputs):
+    ids = generate(ending, inputs, max_new_tokens=20)
+    behind = behind_eos(ending, ids)
+    probs, looks = answer_probs(ending, inputs, ids), answer_attention(ending, inputs, ids, -1)
+    assert behind.any() and (looks[behind] == 0).all() and (looks[~behind] > 0).all()
+    for i in range(len(ids)):
+        own = ids[i:i + 1, ~behind[i]]
+        n = own.shape[1]
+        torch.testing.assert_close(probs[i:i + 1, :n], answer_probs(ending, row(inputs, i), own), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(looks[i:i + 1, :n], answer_attention(ending, row(inputs, i), own, -1), rtol=1e-4, atol=1e-6)
+
+
+def test_attention_belongs_to_the_position_that_writes(model, inputs):
+    "The weights for a token may not depend on the token itself, but must on the one before."
+    ids = generate(model, inputs, max_new_tokens=6)
+    changed = ids.clone()
+    changed[:, 3] = changed[:, 3] % 100 + 3
+    difference = (answer_attention(model, inputs, ids, 1) - answer_attention(model, inputs, changed, 1)).abs().amax(dim=-1)
+    assert (difference[:, :4] == 0).all() and (difference[:, 4] > 0).all()
+
+
+def test_attention_sums_and_heads(model, inputs):
+    ids = generate(model, inputs, max_new_tokens=6)
+    heads = torch.stack([answer_attention(model, inputs, ids, 0, head) for head in range(4)])
+    torch.testing.assert_close(heads.mean(dim=0), answer_attention(model, inputs, ids, -2), rtol=1e-5, atol=1e-7)
+    assert torch.equal(heads[3], answer_attention(model, inputs, ids, 0, -1))
+    assert heads.dtype == torch.float32 and (heads >= 0).all() and (heads.sum(dim=-1) < 1).all()
+
+
+def test_two_pictures_stand_in_their_order(model):
+    rng = np.random.default_rng(1)
+    pictures = [rng.integers(256, size=(28, 28, 3), dtype=np.uint8) for _ in range(6)]
+    texts = ["<image><image>" + prompt for prompt in PROMPTS[:3]]
+    inputs = processor([pictures[:2], pictures[2:4], pictures[4:]], texts)
+    ids = generate(model, inputs, max_new_tokens=4)
+    together = answer_attention(model, inputs, ids, 1, 2)
+    assert together.shape == (3, 4, 8) and inputs["attention_mask"].logical_not().any()
+    real = inputs["attention_mask"][0].bool()
+    alone = processor([pictures[:2]], texts[:1])
+    assert torch.equal(alone["input_ids"][0], inputs["input_ids"][0, real])
+    torch.testing.assert_close(together[:1], answer_attention(model, alone, ids[:1], 1, 2), rtol=1e-4, atol=1e-6)
+    swapped = dict(alone, pixel_values=alone["pixel_values"].flip(0))
+    assert not torch.allclose(together[:1], answer_attention(model, swapped, ids[:1], 1, 2), atol=1e-3)
+
+
+def test_features_serve_reading_too(model, inputs):
+    ids = generate(model, inputs, max_new_tokens=5)
+    features = dict(inputs, image_features=model.get_image_features(inputs["pixel_values"]).detach())
+    del features["pixel_values"]
+    assert torch.equal(answer_probs(model, features, ids), answer_probs(model, inputs, ids))
+    assert torch.equal(answer_attention(model, features, ids, 0), answer_attention(model, inputs, ids, 0))
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(layer=2), "layer must lie in -2 … 1, got 2"),
+    (dict(layer=-3), "layer must lie in -2 … 1, got -3"),
+    (dict(head=4), "head must lie in -4 … 3, got 4"),
+    (dict(head=-5), "head must lie in -4 … 3, got -5"),
+    (dict(ids=torch.ones(4, 3, dtype=torch.long)), r"expected ids \[5, t\], an answer to each prompt, got \[4, 3\]"),
+    (dict(ids=torch.ones(5, dtype=torch.long)), r"got \[5\]"),
+    (dict(ids=torch.ones(5, 0, dtype=torch.long)), r"got \[5, 0\]"),
+    (dict(ids=torch.full((5, 1), processor.image_token_id)), "without <image>"),
+    (dict(ids=torch.full((5, 1), processor.vocab_size)), f"tokens 0 … {processor.vocab_size - 1}"),
+    (dict(ids=torch.full((5, 1), -1)), "got -1"),
+    (dict(ids=torch.ones(5, 1000, dtype=torch.long)), "1000 new ones do not fit: the context holds 80"),
+])
+def test_reading_refuses(model, inputs, wrong, message):
+    call = dict(ids=torch.ones(5, 2, dtype=torch.long), layer=0) | wrong
+    with pytest.raises(ValueError, match=message): answer_attention(model, inputs, **call)
+    if "ids" in wrong:
+        with pytest.raises(ValueError, match=message): answer_probs(model, inputs, call["ids"])
+
+
+def test_reading_refuses_inputs(model, inputs):
+    ids = torch.ones(2, 2, dtype=torch.long)
+    picture = Image.new("RGB", (28, 28))
+    with pytest.raises(ValueError, match="suffix"): answer_probs(model, processor([picture] * 2, ["a", "b"], suffix=["a", "b"]), ids)
+    uneven = processor([[picture], [picture, picture]], ["<image>a", "<image><image>a"])
+    assert answer_probs(model, uneven, ids).shape == (2, 2)
+    with pytest.raises(ValueError, match=r"as many <image> tokens in every row, got \[4, 8\]"): answer_attention(model, uneven, ids, 0)
+
+
+def test_no_hook_stays(model, inputs):
+    def hooks(): return [len(module._forward_pre_hooks) for module in model.modules()]
+    before, ids = hooks(), torch.ones(5, 2, dtype=torch.long)
+    answer_attention(model, inputs, ids, 0)
+    assert hooks() == before
+    with pytest.raises(ValueError, match="<image>"): answer_attention(model, inputs, ids * processor.image_token_id, 0)
+    assert hooks() == before
+    with pytest.raises(ValueError, match="pictures give"): answer_attention(model, inputs | dict(pixel_values=inputs["pixel_values"][1:]), ids, 0)
+    assert hooks() == before and sum(before) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reading_in_half_precision(model, inputs, dtype):
+    half, ids = copy.deepcopy(model).to(dtype), generate(model, inputs, max_new_tokens=4)
+    probs, looks = answer_probs(half, inputs, ids), answer_attention(half, inputs, ids, 1)
+    assert probs.dtype == looks.dtype == torch.float32
+    assert (looks - answer_attention(model, inputs, ids, 1)).abs().max() < 0.1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_reading_on_cuda(model, inputs):
+    there, ids = copy.deepcopy(model).cuda(), generate(model, inputs, max_new_tokens=4)
+    torch.testing.assert_close(answer_probs(there, inputs, ids).cpu(), answer_probs(model, inputs, ids), rtol=1e-2, atol=1e-5)
+    torch.testing.assert_close(answer_attention(there, inputs, ids, 0).cpu(), answer_attention(model, inputs, ids, 0),
+                               rtol=1e-2, atol=1e-4)
+
+
+def test_ends_of_tokens_that_are_bytes():
+    "字 is three byte tokens: decoded one by one they look longer than the character that they make."
+    ids = processor.encode("a 字 b 字")
+    ends = token_ends(processor, ids)
+    assert len(ids) > 7 and ends == sorted(ends) and ends[-1] == len(processor.decode(ids)) == len("a 字 b 字")

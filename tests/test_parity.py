@@ -11,7 +11,7 @@ from transformers import PaliGemmaForConditionalGeneration as Theirs
 
 from paligemma_nb.checkpoint import published_key
 from paligemma_nb.gemma import GemmaConfig
-from paligemma_nb.generation import generate
+from paligemma_nb.generation import answer_attention, answer_probs, generate
 from paligemma_nb.kv_cache import KVCache
 from paligemma_nb.paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma_nb.siglip import SiglipVisionConfig
@@ -188,6 +188,30 @@ def test_greedy_tokens(both):
     ours.config.eos_token_id = eos
     assert torch.equal(generate(ours, inputs, max_new_tokens=12), expected)
     ours.config.eos_token_id = EOS
+
+
+def test_answer_probabilities(both):
+    theirs, ours, inputs = both
+    suffix = inputs["input_ids"][:, -5:]
+    logits = theirs(**inputs).logits[:, -6:-1]
+    logits[..., IMAGE:IMAGE + 1] = -torch.inf  # no answer holds a picture
+    expected = logits.softmax(dim=-1).gather(-1, suffix[..., None])[..., 0]
+    torch.testing.assert_close(answer_probs(ours, prefill(inputs), suffix).log(), expected.log(), rtol=TOLERANCE, atol=2 * TOLERANCE)
+
+
+def test_answer_attention(both):
+    theirs, ours, inputs = both
+    rows, suffix, text = len(inputs["input_ids"]), inputs["input_ids"][:, -5:], ours.config.text_config
+    everything = theirs(**inputs, output_attentions=True).attentions
+    for layer in range(text.num_hidden_layers):
+        expected = torch.stack([weights[:, -6:-1, ids == IMAGE] for weights, ids in zip(everything[layer], inputs["input_ids"])])
+        assert expected.max() > 2 / inputs["input_ids"].shape[1]  # b, h, t, n: not flat
+        for head in range(text.num_attention_heads):
+            got = answer_attention(ours, prefill(inputs), suffix, layer, head)
+            torch.testing.assert_close(got, expected[:, head], rtol=0, atol=TOLERANCE)
+        mean = answer_attention(ours, prefill(inputs), suffix, layer - text.num_hidden_layers)
+        torch.testing.assert_close(mean, expected.mean(dim=1), rtol=0, atol=TOLERANCE)
+        assert mean.shape == (rows, 5, (inputs["input_ids"][0] == IMAGE).sum())
 
 
 def test_nothing_leaks_from_the_suffix(both):
