@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['NUM_BINS', 'NUM_CODES', 'MASK_LENGTH', 'coordinate_to_bin', 'bin_to_coordinate', 'box_iou', 'format_box', 'Detection',
-           'format_detections', 'parse_boxes', 'draw_detections']
+           'format_detections', 'parse_boxes', 'draw_detections', 'average_precision', 'mask_iou']
 
 # %% ../nbs/10_detection.ipynb #360cd988
 # Boxes as tokens: Pix2Seq, arXiv 2109.10852. The format: PaliGemma, arXiv 2407.07726, and big_vision's
 # pp/proj/paligemma/segmentation.py (writing) and evaluators/proj/paligemma/transfers/segmentation.py (reading).
-import re
-from dataclasses import dataclass
+import contextlib, io, re
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -38,17 +38,29 @@ def bin_to_coordinate(
     return index / (NUM_BINS - 1) * length
 
 # %% ../nbs/10_detection.ipynb #96683040
+def _pycocotools(): # its COCO, its COCOeval and its mask module
+    try:
+        from pycocotools import coco, cocoeval, mask
+    except ImportError:
+        raise ValueError("scoring needs pycocotools, which is not installed: pip install pycocotools") from None
+    return coco.COCO, cocoeval.COCOeval, mask
+
+
+def _corner_and_sides(boxes) -> np.ndarray: # [n, 4]: x1, y1, width, height, as COCO has them
+    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    if not (sides >= 0).all(): raise ValueError(f"expected boxes x1, y1, x2, y2 with x1 <= x2, y1 <= y2, got {boxes}")
+    return np.concatenate((boxes[:, :2], sides), axis=1)
+
+
 def box_iou(
     a: np.ndarray, # [n, 4]: x1, y1, x2, y2; any sequence of boxes will do
     b: np.ndarray, # [m, 4]
 ) -> np.ndarray: # [n, m], 0 … 1
-    "Every box of `a` against every box of `b`: the area they share over the area they cover together."
-    a, b = (np.asarray(boxes, dtype=np.float64).reshape(-1, 4) for boxes in (a, b))
-    sides = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])  # [n, m, 2]
-    shared = sides.clip(min=0).prod(axis=-1)  # [n, m]
-    area_a, area_b = ((boxes[:, 2:] - boxes[:, :2]).prod(axis=-1) for boxes in (a, b))
-    covered = area_a[:, None] + area_b[None, :] - shared
-    return np.divide(shared, covered, out=np.zeros_like(shared), where=covered > 0)  # two empty boxes: 0, not NaN
+    "Every box of `a` against every box of `b`, by pycocotools: the area they share over the area they cover together."
+    *_, mask = _pycocotools()
+    a, b = map(_corner_and_sides, (a, b))
+    return np.reshape(mask.iou(a, b, [0] * len(b)), (len(a), len(b)))  # 0: an object, not COCO's "crowd"
 
 # %% ../nbs/10_detection.ipynb #cbf82293
 def _check_size(size) -> tuple[float, float]:
@@ -76,6 +88,9 @@ class Detection:
     label: str                               # "" when the text gives no name
     box: tuple[float, float, float, float]   # x1, y1, x2, y2 in pixels; x1 ≤ x2, y1 ≤ y2
     codes: tuple[int, ...] | None = None     # the 16 `<seg>` indices of its mask, each 0 … 127, if it has one
+    score: float | None = None               # 0 … 1, the geometric mean probability of its tokens, where it is known
+    # [height, width] of bools: the pixels of the whole picture that are the object's, once `codes` have been decoded
+    mask: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 # %% ../nbs/10_detection.ipynb #424c1613
 def _format_detection(detection: Detection, size: tuple[float, float]) -> str:
@@ -108,6 +123,7 @@ _OBJECT = re.compile(rf"{_LOC * 4}((?:{_SEG})*)(.*?)(?=;|<loc|<seg|\Z)", re.DOTA
 def parse_boxes(
     text: str,                  # what the model wrote
     size: tuple[float, float],  # width, height in pixels of the picture, upright: `to_rgb(image).size`
+    token_probs: list[tuple[int, float]] | None = None, # for each token: where it ends in `text`, and its probability
 ) -> list[Detection]:
     """The objects in the answer to `detect …` or `segment …`, in the text's order. No text raises.
 
@@ -115,15 +131,38 @@ def parse_boxes(
     begins the next box. Exactly 16 `<seg>` tokens after the box are its mask, any other number is none. The label runs
     to the next `;`, `<loc` or `<seg`, its white space tidied; it is "" in an answer cut short after the box. Swapped
     corners are put in order, since they span the same rectangle.
+
+    With `token_probs` an object's score is the geometric mean of the probabilities of the tokens that begin inside it,
+    from its first `<loc>` to the last letter of its label. Raises `ValueError` if they do not cover the text.
     """
     width, height = _check_size(size)
+    starts, probs = _check_probs(token_probs, text)
     detections = []
-    for *places, segs, label in _OBJECT.findall(text):
+    for found in _OBJECT.finditer(text):
+        *places, segs, label = found.groups()
         y1, x1, y2, x2 = (bin_to_coordinate(int(p), length) for p, length in zip(places, (height, width) * 2))
         codes = tuple(int(c) for c in re.findall("[0-9]+", segs))
-        detections.append(Detection(" ".join(label.split()), (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)),
-                                    codes if len(codes) == MASK_LENGTH else None))
+        detections.append(Detection(
+            " ".join(label.split()), (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)),
+            codes if len(codes) == MASK_LENGTH else None,
+            _mean_probability(probs[(starts >= found.start()) & (starts < found.start() + len(found[0].rstrip()))])))
     return detections
+
+# %% ../nbs/10_detection.ipynb #f8078255
+def _check_probs(token_probs, text) -> tuple[np.ndarray, np.ndarray]: # where each token begins, its probability
+    if token_probs is None: return np.zeros(0), np.zeros(0)
+    try: ends, probs = np.asarray(token_probs, dtype=np.float64).reshape(len(token_probs), 2).T
+    except (TypeError, ValueError): ends = probs = np.array([np.nan])
+    bounds = np.concatenate(([0], ends))
+    if not (np.diff(bounds) >= 0).all() or bounds[-1] != len(text) or not ((probs >= 0) & (probs <= 1)).all():
+        raise ValueError("expected token_probs as a list of (end, probability), one for each token: ends that rise to "
+                         f"the text's length, {len(text)}, and probabilities from 0 to 1, got {token_probs!r}")
+    return bounds[:-1], probs
+
+
+def _mean_probability(probs: np.ndarray) -> float | None: # the geometric mean; None without a token
+    with np.errstate(divide="ignore"):  # log 0 is -inf, and its mean's exponential 0 again
+        return float(np.exp(np.log(probs).mean())) if len(probs) else None
 
 # %% ../nbs/10_detection.ipynb #6531cb6e
 # bright and dark in turn, and apart for colour-blind eyes too (after Okabe and Ito)
@@ -134,15 +173,20 @@ def draw_detections(
     image: Image.Image,          # of any mode; the picture that the boxes are for
     detections: list[Detection],
 ) -> Image.Image: # a new picture, RGB and upright; `image` stays as it is
-    "Boxes and labels drawn on a copy. Lines and letters grow with the picture; equal labels share a colour."
+    """Masks, boxes and labels drawn on a copy. Lines and letters grow with the picture; equal labels share a colour.
+
+    Raises `ValueError` for a mask that is not of bools, one for each pixel of the upright picture.
+    """
     image = to_rgb(image)  # a copy, the picture as the processor shows it to the model
     draw = ImageDraw.Draw(image)
     side = (image.width * image.height) ** 0.5
     font, line = ImageFont.load_default(size=max(10, side / 30)), max(1, round(side / 200))
     labels = list(dict.fromkeys(d.label for d in detections))
     colors = [_COLORS[labels.index(d.label) % len(_COLORS)] for d in detections]
-    # all boxes first, so that no line crosses a label
-    for detection, color in zip(detections, colors): _draw_box(draw, detection.box, color, line)
+    # all masks first, then all boxes, so that nothing covers a line and no line crosses a label
+    for d, color in zip(detections, colors):
+        if d.mask is not None: _draw_mask(image, d.mask, color, line)
+    for d, color in zip(detections, colors): _draw_box(draw, d.box, color, line)
     _draw_labels(draw, detections, colors, font, line)
     return image
 
@@ -163,6 +207,32 @@ def _draw_box(draw: ImageDraw.ImageDraw, box, color: str, line: int):
         draw.rectangle((x1, y1, x2, y2), outline=_contrast(color), width=line + 2 * rim)
         x1, y1, x2, y2 = x1 + rim, y1 + rim, x2 - rim, y2 - rim
     draw.rectangle((x1, y1, x2, y2), outline=color, width=line)
+
+# %% ../nbs/10_detection.ipynb #97599806
+def _shrink(mask: np.ndarray, by: int) -> np.ndarray:
+    "The pixels of the mask whose neighbours, `by` to each side, all belong to it; none lies past the picture's edge."
+    for _ in range(2):  # along the rows, then along the columns
+        count = np.pad(mask, ((0, 0), (by + 1, by))).cumsum(axis=1, dtype=np.int32)
+        mask = (count[:, 2 * by + 1:] - count[:, :-2 * by - 1] == 2 * by + 1).T
+    return mask
+
+
+def _check_mask(mask, width: int, height: int) -> np.ndarray:
+    array = np.asarray(mask)
+    if array.shape != (height, width) or array.dtype != bool:
+        raise ValueError("expected a mask of bools of the picture's shape (height, width), "
+                         f"{(height, width)}, got {mask if mask is None else (array.dtype, array.shape)}")
+    return array
+
+
+def _draw_mask(image: Image.Image, mask: np.ndarray, color: str, line: int):
+    mask = _check_mask(mask, *image.size)
+    rim = max(1, line // 3)  # as around a box, it keeps the edge visible on a picture of the mask's own colour
+    inside = _shrink(mask, rim)
+    if not inside.any(): inside = mask  # too thin for a rim
+    image.paste(_contrast(color), mask=Image.fromarray(mask & ~inside))
+    opacity = np.where(_shrink(inside, line), 85, 255) * inside  # of 255
+    image.paste(color, mask=Image.fromarray(opacity.astype(np.uint8)))
 
 # %% ../nbs/10_detection.ipynb #02641796
 def _shorten(text: str, font, width: float) -> str:
@@ -190,3 +260,60 @@ def _draw_labels(draw: ImageDraw.ImageDraw, detections: list[Detection], colors:
         plates.append((x, y, w))
         draw.rectangle((x, y, x + w - 1, y + h - 1), fill=color)
         draw.text((x + pad, y + pad / 2), text, fill=_contrast(color), font=font)
+
+# %% ../nbs/10_detection.ipynb #8c732628
+def _as_coco(images, labels, masks): # images: (detections, size) of each
+    COCO, _, rle = _pycocotools()
+    objects = []
+    for number, (detections, size) in enumerate(images):
+        width, height = _check_size(size)
+        for d in detections:
+            if d.label not in labels: continue
+            (x, y, w, h), = _corner_and_sides([d.box]).tolist()
+            objects.append(dict(
+                id=len(objects) + 1,  # COCO takes a match with number 0 for none
+                image_id=number, category_id=labels.index(d.label), bbox=[x, y, w, h], area=w * h, iscrowd=0,
+                score=1.0 if d.score is None else d.score))
+            if masks:
+                mask = _check_mask(d.mask, width, height)
+                objects[-1]["segmentation"] = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
+    coco = COCO()
+    coco.dataset = dict(
+        images=[dict(id=i, width=size[0], height=size[1]) for i, (_, size) in enumerate(images)],
+        categories=[dict(id=i, name=label) for i, label in enumerate(labels)], annotations=objects)
+    coco.createIndex()
+    return coco
+
+# %% ../nbs/10_detection.ipynb #8bcb1c01
+def average_precision(
+    images: list[tuple[list[Detection], list[Detection], tuple[int, int]]], # of each picture: found, true, its size
+    iou: float = 0.5,    # that a found object needs with a true one; above 0, at most 1
+    masks: bool = False, # compare the `mask` of each object; else its box
+) -> float: # 0 … 1, the mean over all labels that a true object has
+    """COCO's average precision, by pycocotools: 101 recalls, at most the 100 surest objects a picture and label.
+
+    An object without a score counts as sure, 1. A label that no true object has is passed over, as COCO does: its false
+    finds cost nothing. Raises `ValueError` without any true object, or for a missing or misshapen mask.
+    """
+    _, COCOeval, _ = _pycocotools()
+    if not 0 < iou <= 1: raise ValueError(f"expected an IoU above 0 and at most 1, got {iou}")
+    labels = sorted({d.label for _, true, _ in images for d in true})
+    if not labels: raise ValueError("expected at least one true object, got none")
+    with contextlib.redirect_stdout(io.StringIO()):  # COCO reports every step
+        found, true = (_as_coco([(image[i], image[2]) for image in images], labels, masks) for i in (0, 1))
+        evaluation = COCOeval(true, found, "segm" if masks else "bbox")
+        evaluation.params.iouThrs = [iou]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    # [IoU, recall, label, objects of any size, at most 100 a picture]
+    return float(evaluation.eval["precision"][0, :, :, 0, -1].mean())
+
+# %% ../nbs/10_detection.ipynb #00c75989
+def mask_iou(
+    a: list[np.ndarray], # n masks [height, width], bool
+    b: list[np.ndarray], # m masks of the same size
+) -> np.ndarray: # [n, m], 0 … 1
+    "Every mask of `a` against every mask of `b`, by pycocotools: the pixels they share over those they cover together."
+    *_, rle = _pycocotools()
+    a, b = (rle.encode(np.asfortranarray(np.stack(masks, axis=-1), dtype=np.uint8)) if len(masks) else [] for masks in (a, b))
+    return np.reshape(rle.iou(a, b, [0] * len(b)), (len(a), len(b)))

@@ -1,5 +1,7 @@
 "Boxes as text: what is written comes back, whatever is written is read, and every picture can be drawn on."
+import random
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -7,19 +9,22 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
-from paligemma_nb.detection import (Detection, bin_to_coordinate, box_iou, coordinate_to_bin, draw_detections,
-                                    format_box, format_detections, parse_boxes)
+from paligemma_nb.detection import (Detection, average_precision, bin_to_coordinate, box_iou, coordinate_to_bin,
+                                    draw_detections, format_box, format_detections, parse_boxes)
 
 SIDES = st.integers(1, 10_000)
 SIZES = st.tuples(SIDES, SIDES)
 UNIT = st.floats(0, 1)
 LABELS = st.text(st.characters(exclude_characters=";<", exclude_categories=["C", "Z"]), max_size=12)
 CODES = st.none() | st.lists(st.integers(0, 127), min_size=16, max_size=16).map(tuple)
-FRAGMENTS = st.sampled_from([
+FRAGMENTS = [
     "<loc0000>", "<loc0512>", "<loc1023>", "<loc1024>", "<loc9999>", "<loc12>", "<loc", "loc0001>",
     "<loc0100><loc0200>", "<loc0001><loc0002><loc0003><loc0004>", "<loc٠١٢٣>", "<seg000>", "<seg127>", "<seg128>",
     "<seg", "<seg007>" * 16,
-    " ; ", ";", " ", "\n", "\t", "cat", "red circle", "<eos>", "<", ">", "é", "\x00", "\ud800"])
+    " ; ", ";", " ", "\n", "\t", "cat", "red circle", "<eos>", "<", ">", "é", "\x00", "\ud800"]
+
+
+L, S = "<loc0100>", "<seg007>"
 
 
 @st.composite
@@ -89,9 +94,78 @@ def check_any(text, size):
 def test_any_text_is_read(text, size): check_any(text, size)
 
 
-@given(st.lists(FRAGMENTS, max_size=40).map("".join), SIZES)
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=40).map("".join), SIZES)
 @settings(max_examples=300)
 def test_any_fragments_are_read(text, size): check_any(text, size)
+
+
+def test_ten_thousand_strings_are_read():
+    rng, counts = random.Random(0), [0] * 11
+    whole = [f"<loc{i:04d}>" for i in (0, 1, 511, 1023)] * 8  # so many that boxes come about
+    for _ in range(10_000):
+        parts = rng.choices(whole + FRAGMENTS + [chr(rng.randrange(0x110000))], k=rng.randrange(40))
+        text = "".join(parts)[rng.randrange(3):]
+        ends = sorted(rng.choices(range(len(text) + 1), k=10)) + [len(text)]
+        size = rng.randint(1, 5000), rng.randint(1, 5000)
+        found = parse_boxes(text, size, [(end, rng.random()) for end in ends])
+        assert [(d.label, d.box, d.codes) for d in found] == [
+            (d.label, d.box, d.codes) for d in parse_boxes(text, size)]
+        assert all(d.score is None or 0 <= d.score <= 1 for d in found)
+        counts[len(found)] += 1
+    assert min(counts[:6]) > 100  # they are not all empty
+
+
+# --- scores
+
+@st.composite
+def token_lists(draw):
+    "An answer's text in pieces, each with its probability, and the pieces of each object"
+    detections, size = draw(answers())
+    probability = st.floats(0, 1)
+    tokens, own = [], []
+    for d in detections:
+        text = format_detections([d], size)
+        pieces = re.findall(r"<loc[0-9]{4}>|<seg[0-9]{3}>|\s*\S", text)
+        tokens += [(" ", draw(probability)), (";", draw(probability)), (" ", draw(probability))] if tokens else []
+        own.append([(p, draw(probability)) for p in pieces])
+        tokens += own[-1]
+    return tokens, own, size
+
+
+@given(token_lists())
+def test_a_score_is_the_geometric_mean_of_its_objects_tokens(case):
+    tokens, own, size = case
+    text = "".join(p for p, _ in tokens)
+    ends = np.cumsum([len(p) for p, _ in tokens]).tolist()
+    found = parse_boxes(text, size, [(end, p) for end, (_, p) in zip(ends, tokens)])
+    assert len(found) == len(own)
+    for d, pieces in zip(found, own):
+        root = 1 / len(pieces)
+        assert d.score == pytest.approx(np.prod([p ** root for _, p in pieces]), rel=1e-9)
+
+
+def test_tokens_belong_to_the_object_in_which_they_begin():
+    text = f"x {L * 4} cat ; {L * 4}{S * 16} dog"
+    first, second = text.index(L), text.rindex(L * 4)
+    probs = [(first, 0.0), (first + 9, 0.5), (first + 36, 0.5), (first + 40, 0.25), (second, 0.0),  # " cat", " ; "
+             (second + 30, 0.9), (len(text), 0.4)]
+    a, b = parse_boxes(text, (112, 112), probs)
+    assert a.score == pytest.approx((0.5 * 0.5 * 0.25) ** (1 / 3)) and b.score == pytest.approx(0.6)
+    assert [d.score for d in parse_boxes(text, (112, 112))] == [None, None]
+    # one token for all of the text begins in no object that stands later in it
+    assert [d.score for d in parse_boxes(text, (112, 112), [(len(text), 0.5)])] == [None, None]
+    assert parse_boxes("", (112, 112), []) == []
+    many, = parse_boxes(L * 4 + S * 16, (112, 112), [(9 * i, 1e-30) for i in range(1, 21)][:4] +
+                        [(36 + 8 * i, 1e-30) for i in range(1, 17)])
+    assert many.score == pytest.approx(1e-30)  # their product is too small for a float
+
+
+@pytest.mark.parametrize("wrong", [
+    [], [(8, 0.5)], [(10, 0.5)], [(9, 0.5), (8, 0.5)], [(5, 0.5), (3, 0.5), (9, 0.5)], [(-1, 0.5), (9, 0.5)],
+    [(9, 1.1)], [(9, -0.1)], [(9, float("nan"))], [(float("nan"), 0.5), (9, 0.5)], [9], [(9, 0.5, 1)], 0.5, [0.5, 9],
+    [("a", 0.5)], [(9, None)], "no list"])
+def test_wrong_token_probs_are_named(wrong):
+    with pytest.raises(ValueError, match="token_probs as a list of"): parse_boxes(L, (112, 112), wrong)
 
 
 @given(answers(), st.integers(0, 2000))
@@ -102,9 +176,6 @@ def test_a_cut_keeps_what_is_complete(case, end):
     assert [d.box for d in part] == [d.box for d in whole[:len(part)]]
     assert part[:-1] == whole[:max(len(part) - 1, 0)]
     assert len(part) == len(re.findall(r"(?:<loc[0-9]{4}>){4}", text[:end]))
-
-
-L, S = "<loc0100>", "<seg007>"
 
 
 @pytest.mark.parametrize("text, labels", [
@@ -161,6 +232,88 @@ def test_iou_counts_pixels(a, b):
     assert np.allclose(iou, np.reshape(expected, iou.shape))
 
 
+@pytest.mark.parametrize("wrong", [[(5, 0, 1, 1)], [(0, 5, 1, 1)], [(0, 0, float("nan"), 1)]])
+def test_iou_wants_corners_in_order(wrong):
+    with pytest.raises(ValueError, match="x1 <= x2"): box_iou(wrong, wrong)
+
+
+# --- average precision, against lists that were walked down by hand; COCO asks for precision at 101 recalls
+
+SIZE = (100, 100)
+def cat(x, score=None, label="cat", mask=None): return Detection(label, (x, 0, x + 10, 10), score=score, mask=mask)
+
+
+@pytest.mark.parametrize("images, iou, expected", [
+    ([([cat(0)], [cat(0)], SIZE)], 0.5, 1), ([([], [cat(0)], SIZE)], 0.5, 0), ([([cat(50)], [cat(0)], SIZE)], 0.5, 0),
+    ([([cat(0)], [cat(0), cat(50)], SIZE)], 0.5, 51 / 101),                               # half is found: 0 … 0.50
+    ([([cat(0, 0.1), cat(50, 0.9)], [cat(0)], SIZE)], 0.5, 1 / 2),                        # a false one comes first
+    ([([cat(0, 0.9), cat(50, 0.1)], [cat(0)], SIZE)], 0.5, 1),                            # … or last
+    ([([cat(0, 0.9), cat(1, 0.8), cat(30, 0.7)], [cat(0), cat(30)], SIZE)], 0.5, (51 + 50 * 2 / 3) / 101),  # twice
+    ([([cat(1)], [cat(0)], SIZE)], 9 / 11, 1), ([([cat(1)], [cat(0)], SIZE)], 0.82, 0),   # IoU 9 / 11
+    ([([cat(0)], [cat(0)], SIZE)], 1.0, 1),
+    ([([cat(50, 0.9)], [cat(0)], SIZE), ([cat(0, 0.8)], [cat(0)], SIZE)], 0.5, 51 / 202),  # one list for all pictures
+    ([([cat(0)], [], SIZE), ([], [cat(0)], SIZE)], 0.5, 0),                               # right, in another picture
+    ([([cat(0)], [cat(0), cat(50, label="dog")], SIZE)], 0.5, 1 / 2),                     # the mean over labels
+    ([([cat(0, label="dog")], [cat(0)], SIZE)], 0.5, 0),                                  # the right box, a wrong name
+    ([([cat(0), cat(50, label="dog")], [cat(0)], SIZE)], 0.5, 1),                         # a name that nothing true has
+    ([([cat(0, 0.99), cat(50)], [cat(0)], SIZE)], 0.5, 1 / 2),                            # no score counts as 1
+])
+def test_average_precision_by_hand(images, iou, expected, capsys):
+    assert average_precision(images, iou=iou) == pytest.approx(expected)
+    assert capsys.readouterr() == ("", "")
+
+
+def strip(first, last):
+    mask = np.zeros((20, 60), dtype=bool)
+    mask[:10, first:last] = True
+    return mask
+
+
+@pytest.mark.parametrize("found, iou, expected", [
+    ((0, 10), 0.5, 1), ((5, 15), 0.5, 0), ((5, 15), 1 / 3, 1), ((0, 5), 0.5, 1), ((0, 0), 0.01, 0),
+    ((40, 50), 0.01, 0)])
+def test_average_precision_of_masks(found, iou, expected):
+    case = [([cat(0, mask=strip(*found))], [cat(0, mask=strip(0, 10))], (60, 20))]
+    assert average_precision(case, iou=iou, masks=True) == pytest.approx(expected)
+    assert average_precision(case, iou=iou) == pytest.approx(1)  # the boxes are right in any case
+
+
+@given(st.lists(st.tuples(whole, whole), min_size=1, max_size=3), st.floats(0.01, 1), st.randoms())
+@settings(max_examples=40)
+def test_average_precision_is_a_number(images, iou, rng):
+    names = "cat", "dog"
+    def things(boxes): return [Detection(rng.choice(names), box, score=rng.choice([None, 0.2, 0.7])) for box in boxes]
+    images = [(things(found), things(true), (12, 12)) for found, true in images]
+    if not any(true for _, true, _ in images):
+        with pytest.raises(ValueError, match="at least one true object"): average_precision(images, iou)
+        return
+    ap = average_precision(images, iou)
+    assert 0 <= ap <= 1 and isinstance(ap, float)
+    # scores do nothing but order the list, and a picture without anything changes nothing
+    def half(d): return Detection(d.label, d.box, score=(1.0 if d.score is None else d.score) / 2)
+    assert average_precision([([half(d) for d in f], t, s) for f, t, s in images] + [([], [], (5, 5))], iou) == ap
+    perfect = [(t, t, s) for _, t, s in images if all(d.box[0] < d.box[2] and d.box[1] < d.box[3] for d in t)]
+    if any(t for _, t, _ in perfect): assert average_precision(perfect, iou) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("images, options, message", [
+    ([], {}, "at least one true object"), ([([cat(0)], [], SIZE)], {}, "at least one true object"),
+    ([([], [cat(0)], SIZE)], dict(iou=0), "IoU above 0"), ([([], [cat(0)], SIZE)], dict(iou=1.5), "IoU above 0"),
+    ([([], [cat(0)], (0, 5))], {}, "width, height"), ([([], [Detection("cat", (5, 0, 1, 1))], SIZE)], {}, "x1 <= x2"),
+    ([([], [cat(0)], SIZE)], dict(masks=True), "mask of bools.*None"),
+    ([([], [cat(0, mask=strip(0, 5))], (20, 60))], dict(masks=True), "mask of bools")])
+def test_average_precision_names_what_is_wrong(images, options, message):
+    with pytest.raises(ValueError, match=message): average_precision(images, **options)
+
+
+def test_without_pycocotools_scoring_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    for call in (lambda: box_iou([], []), lambda: average_precision([([], [cat(0)], SIZE)])):
+        with pytest.raises(ValueError, match="pip install pycocotools"): call()
+
+
+# --- drawing
+
 def corners(draw, size):
     values = [draw(st.floats(-20, 1.5 * max(size))) for _ in range(4)]
     return min(values[0], values[2]), min(values[1], values[3]), max(values[0], values[2]), max(values[1], values[3])
@@ -171,7 +324,14 @@ def sheets(draw):
     size = draw(st.tuples(st.integers(1, 150), st.integers(1, 150)))
     odd = st.sampled_from(["red circle", "a label\nof two lines", "x" * 500, "日本", "\ud800"])
     labels = st.text(max_size=30) | odd
-    return size, [Detection(draw(labels), corners(draw, size)) for _ in range(draw(st.integers(0, 4)))]
+    def mask():
+        kind = draw(st.sampled_from(["none", "empty", "full", "noise", "thin"]))
+        if kind == "none": return None
+        mask = np.full(size[::-1], kind == "full")
+        if kind == "noise": mask = np.random.default_rng(draw(st.integers(0, 9))).random(size[::-1]) < 0.5
+        if kind == "thin": mask[:, size[0] // 2] = True
+        return mask
+    return size, [Detection(draw(labels), corners(draw, size), mask=mask()) for _ in range(draw(st.integers(0, 4)))]
 
 
 @given(sheets())
@@ -201,6 +361,72 @@ def test_lines_and_labels_grow_with_the_picture(side, paper):
     rows, columns = np.nonzero(label)
     assert max(6, side / 50) <= np.ptp(rows) + 1 <= max(20, side / 20)
     assert np.ptp(columns) > 3 * np.ptp(rows)
+
+
+def disc(side):
+    y, x = np.mgrid[:side, :side] + 0.5
+    return np.hypot(x - side / 2, y - 0.6 * side) < side / 4
+
+
+@pytest.mark.parametrize("side", [28, 112, 4000])
+@pytest.mark.parametrize("paper", ["black", "white", "gray", "#d55e00"])
+def test_a_mask_changes_what_is_inside_and_nothing_else(side, paper):
+    image, mask = Image.new("RGB", (side, side), paper), disc(side)
+    box = (0.1 * side, 0.2 * side, 0.9 * side, side)  # wider than the mask, so that no line of it hides the edge
+    bare = draw_detections(image, [Detection("", box)])
+    drawn = draw_detections(image, [Detection("", box, mask=mask)])
+    tint = np.asarray(ImageChops.difference(drawn, bare).convert("L")) > 0
+    assert not tint[~mask].any()
+    row = int(0.6 * side)
+    middle = tint[row]
+    line = max(1, round(side / 200))
+    assert middle.sum() >= 2  # an edge on either side at least, on paper of the mask's own colour too
+    if paper in ("black", "white", "gray"): assert middle[side // 4 + 3 * line:side * 3 // 4 - 3 * line].all()
+    # on either side the edge stands out from what it encloses, a rim's width at least
+    pixels = np.asarray(drawn, dtype=int)[row]  # [side, 3]
+    edge = (abs(pixels - pixels[side // 2]).max(axis=-1) > 60) & mask[row]
+    assert min(edge[:side // 2].sum(), edge[side // 2:].sum()) >= max(1, line // 3)
+
+
+def test_a_mask_lets_the_picture_through():
+    noise = np.random.default_rng(0).integers(0, 256, (112, 112, 3), dtype=np.uint8)
+    drawn = np.asarray(draw_detections(Image.fromarray(noise), [Detection("", (0, 0, 112, 112), mask=disc(112))]))
+    middle = np.s_[57:77, 46:66]
+    for i in range(3): assert np.corrcoef(noise[middle][..., i].ravel(), drawn[middle][..., i].ravel())[0, 1] > 0.9
+    assert np.std(drawn[middle]) > 0.5 * np.std(noise[middle])
+
+
+@pytest.mark.parametrize("paper", ["black", "white"])
+def test_a_label_is_as_legible_over_a_mask(paper):
+    image = Image.new("RGB", (112, 112), paper)
+    box, everywhere = (20, 40, 90, 90), np.ones((112, 112), dtype=bool)
+    plate = changed(image, [Detection("red circle", box)]) & ~changed(image, [Detection("", box)])
+    top, bottom, left, right = (f(a) for a in np.nonzero(plate) for f in (np.min, np.max))
+    inside = np.s_[top:bottom + 1, left:right + 1]
+    with_mask, without = (np.asarray(draw_detections(image, [Detection("red circle", box, mask=m)]))
+                          for m in (everywhere, None))
+    assert np.array_equal(with_mask[inside], without[inside])
+
+
+def test_one_pixel_and_an_empty_mask_can_be_drawn():
+    image, mask = Image.new("RGB", (50, 50), "black"), np.zeros((50, 50), dtype=bool)
+    far = (40, 40, 48, 48)
+    assert draw_detections(image, [Detection("", far, mask=mask)]) == draw_detections(image, [Detection("", far)])
+    mask[10, 20] = True
+    assert draw_detections(image, [Detection("", far, mask=mask)]).getpixel((20, 10)) == (0xd5, 0x5e, 0x00)
+
+
+@pytest.mark.parametrize("wrong", [
+    np.ones((60, 40), bool), np.ones((40, 60)), np.ones((40, 60), int), np.ones(40, bool), np.ones((40, 60, 1), bool),
+    True])
+def test_a_wrong_mask_is_named(wrong):
+    with pytest.raises(ValueError, match=r"mask of bools.*\(40, 60\)"):
+        draw_detections(Image.new("RGB", (60, 40)), [Detection("", (0, 0, 5, 5), mask=wrong)])
+
+
+def test_a_mask_is_no_part_of_a_detections_identity():
+    plain, masked = Detection("cat", (0, 0, 1, 1)), Detection("cat", (0, 0, 1, 1), mask=np.ones((2, 2), bool))
+    assert plain == masked and hash(plain) == hash(masked) and repr(plain) == repr(masked)
 
 
 @pytest.mark.parametrize("where", [
