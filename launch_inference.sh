@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Ask PaliGemma about a picture. The first run sets up what inference needs; later runs start at once.
 # Change the values below, or set them for one run:
-#   PROMPT="detect red circle" ./launch_inference.sh
+#   PROMPT="segment red circle" ./launch_inference.sh
 # An empty value means the command's own default; more flags can follow: ./launch_inference.sh --help
 set -euo pipefail
 
 MODEL_PATH="${MODEL_PATH:-}"                               # folder of a checkpoint; default: the shipped model
-PROMPT="${PROMPT:-}"                                       # "caption en", "answer en how many circles are there?", …
-IMAGE_FILE_PATH="${IMAGE_FILE_PATH:-}"                     # default: a sample scene
+PROMPT="${PROMPT:-}"                                       # "caption en", "detect red circle", "segment red circle", …
+IMAGE_FILE_PATH="${IMAGE_FILE_PATH:-}"                     # a picture, a folder or "*.png"; default: a sample scene
+OUTPUT_IMAGE="${OUTPUT_IMAGE:-}"                           # the picture with boxes and masks; default: see below
+OUTPUT_FORMAT="${OUTPUT_FORMAT:-}"                         # text or json
+BATCH_SIZE="${BATCH_SIZE:-}"                               # of several pictures, so many are answered at a time
 MAX_TOKENS_TO_GENERATE="${MAX_TOKENS_TO_GENERATE:-}"
 TEMPERATURE="${TEMPERATURE:-}"                             # used when sampling
 TOP_P="${TOP_P:-}"                                         # used when sampling
@@ -18,8 +21,14 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$root/.ci/setup.sh"
 set_up inference
 
+# Boxes and masks are for looking at: they are drawn in answer.png, those of several pictures in the folder answers.
+if [[ -z "$OUTPUT_IMAGE" && "$PROMPT" =~ ^(detect|segment)" " && "$*" != *image?file?path* ]]; then
+  if [[ -z "$IMAGE_FILE_PATH" || -f "$IMAGE_FILE_PATH" ]]; then OUTPUT_IMAGE=answer.png; else OUTPUT_IMAGE=answers; fi
+fi
+
 flags=()
-for name in MODEL_PATH PROMPT IMAGE_FILE_PATH MAX_TOKENS_TO_GENERATE TEMPERATURE TOP_P DO_SAMPLE ONLY_CPU; do
+for name in MODEL_PATH PROMPT IMAGE_FILE_PATH OUTPUT_IMAGE OUTPUT_FORMAT BATCH_SIZE MAX_TOKENS_TO_GENERATE \
+            TEMPERATURE TOP_P DO_SAMPLE ONLY_CPU; do
   if [ -n "${!name}" ]; then flags+=("--$(echo "$name" | tr '[:upper:]' '[:lower:]')=${!name}"); fi
 done
 exec python -m paligemma_nb.inference ${flags[@]+"${flags[@]}"} "$@"

@@ -1,6 +1,9 @@
-"The command: what it answers, and one clear line with exit code 2 for everything that is wrong with its input."
+"The command: what it answers and draws, and one clear line with exit code 2 for everything that is wrong with its input."
+import contextlib
+import io
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -8,22 +11,29 @@ import sys
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from paligemma_nb import inference
+from paligemma_nb import generation, inference
 from paligemma_nb.checkpoint import load_model, save_model
+from paligemma_nb.detection import Detection, box_iou, draw_detections, format_detections, parse_boxes
 from paligemma_nb.gemma import GemmaConfig
-from paligemma_nb.generation import generate
-from paligemma_nb.inference import FLAGS, SAMPLE, main, parse_flags
+from paligemma_nb.generation import answer_probs, generate
+from paligemma_nb.inference import (
+    FLAGS, SAMPLE, answer_batch, as_json, as_table, as_words, find_pictures, main, parse_flags, prepare,
+    print_stream, read_objects, save_drawing)
 from paligemma_nb.paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
-from paligemma_nb.processing import PaliGemmaProcessor, train_tokenizer
+from paligemma_nb.processing import PaliGemmaProcessor, open_image, train_tokenizer
 from paligemma_nb.scenes import HELD_OUT, make_scene
+from paligemma_nb.segmentation import encode_mask, load_mask_vae
 from paligemma_nb.siglip import SiglipVisionConfig
 
 SCENE = make_scene(HELD_OUT + 2738)  # what SAMPLE shows
+CIRCLE = SCENE.things()["red circle"][0]
 
 
 @pytest.fixture(scope="module")
@@ -115,16 +125,373 @@ def test_nobody_reads(source):
 
 
 def test_interrupt_is_quiet(command, monkeypatch):
-    def pressed(values): raise KeyboardInterrupt
-    monkeypatch.setattr(inference, "open_stream", pressed)
+    def pressed(*args, **kwargs): raise KeyboardInterrupt
+    def late(*args, **kwargs):
+        yield "a "
+        pressed()
+    monkeypatch.setattr(generation, "stream", late)
+    assert command("--only_cpu") == (130, "device: cpu\na ", "")
+    monkeypatch.setattr(inference, "prepare", pressed)
     assert command() == (130, "", "")
-    def late(values):
-        def pieces():
-            yield "a "
-            raise KeyboardInterrupt
-        return "cpu", pieces()
-    monkeypatch.setattr(inference, "open_stream", late)
-    assert command() == (130, "device: cpu\na ", "")
+
+
+def test_a_caption_waits_for_nothing_of_boxes_and_masks():
+    script = "import sys, paligemma_nb.inference as i; i.main(['--only_cpu']); print(*sys.modules)"
+    env = os.environ | {"PYTHONPATH": str(Path(inference.__file__).parents[1])}
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env).stdout.split()
+    assert "paligemma_nb.generation" in loaded
+    assert not {"paligemma_nb.detection", "paligemma_nb.segmentation", "paligemma_nb.scenes", "matplotlib"} & set(loaded)
+
+
+# --- objects: from an answer's text to a table, JSON, a picture
+
+def pixels(path):
+    with Image.open(path) as image: return np.asarray(image.convert("RGB")).astype(int)
+
+
+def mask_of(rle):
+    height, width = rle["size"]
+    return np.repeat(np.arange(len(rle["counts"])) % 2 == 1, rle["counts"]).reshape(width, height).T
+
+
+def iou(a, b): return (a & b).sum() / (a | b).sum()
+
+
+def rows(table): return [re.split("  +", line.strip()) for line in table.splitlines()]
+
+
+def test_detect_prints_a_table_and_draws(command, tmp_path):
+    code, out, err = command("--only_cpu", "--prompt=detect red circle", "--output_image", tmp_path/"drawn.png")
+    device, table, written = re.fullmatch(r"(.*?)\n(.*)\n(.*)\n", out, re.DOTALL).groups()
+    head, (label, *box) = rows(table)
+    assert (code, err, device, written) == (0, "", "device: cpu", f"written: {tmp_path/'drawn.png'}")
+    assert (head, label) == (["label", "x1", "y1", "x2", "y2"], "red circle")
+    assert box_iou([[int(x) for x in box]], [CIRCLE.box])[0, 0] > .8
+    answer = command("--only_cpu", "--prompt=detect red circle", "--output_format=json")[1]
+    objects = parse_boxes(json.loads(answer)["answer"], SCENE.image.size)
+    assert np.array_equal(pixels(tmp_path/"drawn.png"), np.asarray(draw_detections(SCENE.image, objects)))
+    assert [p.name for p in tmp_path.iterdir()] == ["drawn.png"]
+
+
+def test_segment_end_to_end(command, tmp_path):
+    "The shipped model segments the sample's red circle, and the drawing differs from the picture on the circle."
+    flags = "--only_cpu", "--prompt=segment red circle", "--output_image", tmp_path/"drawn.png"
+    code, out, err = command(*flags, "--output_format=json")
+    [found] = json.loads(out)["objects"]
+    assert code == 0 and found["label"] == "red circle"
+    assert iou(mask_of(found["mask"]), CIRCLE.mask) > .6
+    changed = (pixels(tmp_path/"drawn.png") != SCENE.pixels).any(axis=-1)
+    assert changed[CIRCLE.mask].mean() > .6
+
+
+@pytest.mark.parametrize("size", [(112, 112), (400, 112), (90, 250)])
+def test_perfect_segment_answer(size):
+    "The plumbing without the model: true boxes and codes in, the same objects out, in JSON and on the picture."
+    picture = SCENE.image.resize(size)
+    masks = {o.name: np.asarray(Image.fromarray(o.mask).resize(size)) for o in SCENE.objects}
+    scale = np.array(size * 2) / 112
+    boxes = {o.name: tuple(scale * o.box) for o in SCENE.objects}
+    truth = [Detection(name, boxes[name], encode_mask(mask, boxes[name])) for name, mask in masks.items()]
+    answer = format_detections(truth, size)
+    objects = read_objects(answer, size)
+    record = json.loads(as_json("a picture.png", "segment things", answer, objects))
+    assert {k: record[k] for k in ("image", "prompt", "answer")} == dict(
+        image="a picture.png", prompt="segment things", answer=answer)
+    assert [o["label"] for o in record["objects"]] == [o.name for o in SCENE.objects]
+    for found, d in zip(record["objects"], truth):
+        assert found.keys() == {"label", "box", "score", "mask"} and found["score"] is None
+        assert np.allclose(found["box"], d.box, atol=max(size) / 1023)
+        assert found["mask"]["size"] == [size[1], size[0]] and iou(mask_of(found["mask"]), masks[d.label]) > .8
+    drawn = np.asarray(draw_detections(picture, objects)).astype(int)
+    covered = np.logical_or.reduce([o.mask for o in objects])
+    assert (drawn != np.asarray(picture)).any(axis=-1)[covered].mean() > .9
+
+
+def test_rle_is_cocos():
+    from pycocotools import mask
+    circle = Detection("circle", CIRCLE.box, encode_mask(CIRCLE.mask, CIRCLE.box))
+    [found] = read_objects(format_detections([circle], (112, 112)), (112, 112))
+    rle = json.loads(as_json("", "", "", [found]))["objects"][0]["mask"]
+    assert np.array_equal(mask.decode(mask.frPyObjects(rle, *rle["size"])), found.mask)
+
+
+def test_table():
+    objects = [Detection("a red circle", (3.6, 7.4, 41.2, 100.0)), Detection("", (0, 0, 1000, 5))]
+    assert as_table(objects).splitlines() == [
+        "label         x1  y1    x2   y2",
+        "a red circle   4   7    41  100",
+        "               0   0  1000    5"]
+    assert as_table([Detection("star", (1, 2, 3, 4), score=.875)]) == "label  x1  y1  x2  y2  score\nstar    1   2   3   4   0.88"
+
+
+@pytest.mark.parametrize("prompt, answer, says", [
+    ("detect cat", "", "nothing found"),
+    ("  <image>\nsegment cat", " ", "nothing found"),
+    ("detect cat", "no cat", "nothing found: the answer is 'no cat'"),
+    ("detect cat", "<loc0001><loc0002>", "nothing found: the answer is '<loc0001><loc0002>'"),
+    ("caption en", "", ""),
+    ("caption en", "<loc0001><loc0002>", "<loc0001><loc0002>"),
+    ("detector", "a cat", "a cat"),
+    ("where is it?", "<loc0000><loc0000><loc1023><loc1023> cat", "label  x1  y1  x2  y2\ncat     0   0  10  10"),
+])
+def test_words(prompt, answer, says): assert as_words(prompt, answer, read_objects(answer, (10, 10))) == says
+
+
+@given(st.lists(st.sampled_from(["a", " ", "<", "<loc0001>", "loc0001>", "字", ""])))
+def test_stream_shows_all_before_the_first_loc(pieces):
+    with contextlib.redirect_stdout(io.StringIO()) as screen: answer = print_stream(iter(pieces))
+    words = answer.partition("<loc")[0]  # a "<" at the end may be the beginning of one
+    assert answer == "".join(pieces) and screen.getvalue() in (words, words.removesuffix("<"))
+
+
+@pytest.mark.parametrize("answer, shows", [
+    ("here <loc0000><loc0000><loc1023><loc1023> it", "here \nlabel  x1  y1   x2   y2\nit      0   0  112  112\n"),
+    ("<loc0000><loc0000><loc1023><loc1023> it", "label  x1  y1   x2   y2\nit      0   0  112  112\n"),
+    ("l<loc0000><loc0000><loc1023><loc1023>", "l\nlabel  x1  y1   x2   y2\n        0   0  112  112\n"),
+    ("here <loc0000> it", "here <loc0000> it\n"),
+    ("2 <", "2 <\n"),
+    ("2 < 3", "2 < 3\n"),
+    ("a <lo", "a <lo\n"),
+    ("a <loc", "a <loc\n"),
+    ("", "\n"),
+])
+def test_objects_in_a_streamed_answer(command, monkeypatch, answer, shows):
+    monkeypatch.setattr(generation, "stream", lambda *args, **kwargs: iter(answer))
+    assert command("--only_cpu") == (0, "device: cpu\n" + shows, "")
+
+
+def test_nothing_found(command):
+    assert command("--only_cpu", "--prompt=detect pink ring") == (0, "device: cpu\nnothing found\n", "")
+    code, out, err = command("--only_cpu", "--prompt=detect pink ring", "--output_format=json")
+    assert (code, err) == (0, "device: cpu\n") and json.loads(out) == dict(
+        image=str(SAMPLE), prompt="detect pink ring", answer="", objects=[])
+
+
+def test_json_of_a_caption(command):
+    code, out, err = command("--only_cpu", "--output_format", "json", "--prompt=caption en")
+    assert (code, err, out.count("\n")) == (0, "device: cpu\n", 1)
+    assert json.loads(out) == dict(image=str(SAMPLE), prompt="caption en", answer=SCENE.caption, objects=[])
+
+
+def test_scores_when_sampling(command):
+    flags = "--only_cpu", "--prompt=detect red circle", "--do_sample", "--temperature=0"
+    [found] = json.loads(command(*flags, "--output_format=json")[1])["objects"]
+    model, processor = load_model(device="cpu")
+    inputs = processor(SCENE.image, "detect red circle")
+    ids = generate(model, inputs)
+    assert len(ids[0]) == 7 and ids[0, -1] == processor.eos_token_id  # four places, two words, the end
+    score = answer_probs(model, inputs, ids)[0, :6].log().mean().exp().item()
+    assert 0 < score < 1 and found["score"] == pytest.approx(score, abs=1e-4)
+    head, row = rows(command(*flags)[1].removeprefix("device: cpu\n"))
+    assert head[-1] == "score" and row[-1] == f"{score:.2f}"
+
+
+def test_scores_of_a_batch_are_those_of_each():
+    "Answers of unequal lengths: what stands behind an answer's end has no part in its score."
+    job = prepare(parse_flags(["--only_cpu", "--prompt=detect red circle", "--do_sample", "--temperature=0"]))
+    images = [SCENE.image, make_scene(HELD_OUT + 1).image, SCENE.image.rotate(180)]
+    together = answer_batch(job, images)
+    assert len({answer for answer, _ in together}) > 1
+    for image, (answer, token_probs) in zip(images, together):
+        [(same, probs)] = answer_batch(job, [image])
+        assert same == answer and [d.score for d in read_objects(answer, image.size, token_probs)] == pytest.approx(
+            [d.score for d in read_objects(answer, image.size, probs)], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["drawn.png", "drawn.jpg", "drawn.JPEG", "drawn.webp", "drawn.gif", "a drawing.tiff", "drawn.bmp"])
+def test_formats(command, tmp_path, name):
+    flags = "--only_cpu", "--prompt=detect red circle", "--output_image", tmp_path/name
+    assert command(*flags)[0] == 0
+    with Image.open(tmp_path/name) as drawn: assert drawn.size == SCENE.image.size
+    assert np.abs(pixels(tmp_path/name) - SCENE.pixels).mean() < 15 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_caption_leaves_the_picture_as_it_is(command, tmp_path):
+    assert command("--only_cpu", "--output_image", tmp_path/"drawn.png") == (
+        0, f"device: cpu\n{SCENE.caption}\nwritten: {tmp_path/'drawn.png'}\n", "")
+    assert np.array_equal(pixels(tmp_path/"drawn.png"), SCENE.pixels)
+
+
+def test_boxes_are_those_of_the_upright_picture(command, tmp_path):
+    turned, exif = SCENE.image.resize((300, 112)).rotate(90, expand=True), Image.Exif()
+    exif[0x0112] = 6  # shown turned right by 90 degrees
+    turned.save(tmp_path/"on its side.png", exif=exif)
+    code, out, _ = command("--only_cpu", "--prompt=detect red circle", "--output_format=json", "--image_file_path",
+                           tmp_path/"on its side.png", "--output_image", tmp_path/"drawn.png")
+    [found] = json.loads(out)["objects"]
+    x1, y1, x2, y2 = CIRCLE.box
+    assert code == 0 and box_iou([found["box"]], [(x1 * 300 / 112, y1, x2 * 300 / 112, y2)])[0, 0] > .8
+    with Image.open(tmp_path/"drawn.png") as drawn: assert drawn.size == (300, 112)
+
+
+def test_codes_are_decoded_by_the_models_own_decoder(command, folder):
+    "A published checkpoint with vae-oid.npz beside it: its codes mean other masks than those of the shipped decoder."
+    assert prepare(parse_flags(["--model_path", str(folder), "--only_cpu"])).vae is None
+    tensors = {name: x.numpy() for name, x in load_mask_vae().state_dict().items()}
+    [book] = [name for name, x in tensors.items() if x.shape == (128, 512)]
+    tensors[book] = tensors[book][::-1].copy()
+    np.savez(folder/"vae-oid.npz", **tensors)
+    vae = prepare(parse_flags(["--model_path", str(folder), "--only_cpu"])).vae
+    codes = encode_mask(CIRCLE.mask, CIRCLE.box)
+    answers = [format_detections([Detection("", CIRCLE.box, c)], (112, 112)) for c in (codes, [127 - c for c in codes])]
+    [[plain], [turned]] = read_objects(answers[0], (112, 112)), read_objects(answers[1], (112, 112), vae=vae)
+    assert np.array_equal(plain.mask, turned.mask) and plain.mask.any()
+
+
+def test_broken_decoder(fails, folder):
+    (folder/"vae-oid.npz").write_bytes(b"no archive")
+    fails("--model_path", folder, "--only_cpu", says="vae-oid.npz")
+
+
+# --- where the drawing goes
+
+@pytest.fixture
+def refuses(fails, monkeypatch):
+    "Refused before the model is opened"
+    def opened(*args, **kwargs): raise AssertionError("the model was opened")
+    monkeypatch.setattr("paligemma_nb.checkpoint.load_model", opened)
+    return fails
+
+
+@pytest.mark.parametrize("name, says", [
+    ("none/drawn.png", ["no folder", "none"]),
+    ("drawn", "extension"),
+    ("drawn.txt", ["extension", "drawn.txt"]),
+    ("drawn.xbm", "colour"),  # black and white alone
+    ("drawn.psd", "extension"),  # Pillow reads it, and does not write it
+    ("folder", "not a file"),
+    ("folder.png", "not a file"),
+    ("folder/none/drawn.png", "no folder"),
+    ("notes.txt/drawn.png", "no folder"),
+    ("locked.png", "read-only"),
+])
+def test_bad_places(refuses, tmp_path, name, says):
+    for folder in ("folder", "folder.png"): (tmp_path/folder).mkdir()
+    (tmp_path/"notes.txt").touch()
+    (tmp_path/"locked.png").write_text("precious")
+    (tmp_path/"locked.png").chmod(0o444)
+    before = sorted(tmp_path.rglob("*"))
+    refuses("--output_image", tmp_path/name, says=["--output_image: ", *([says] if isinstance(says, str) else says)])
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path/"locked.png").read_text() == "precious"
+
+
+def test_unwritable_folder(refuses, tmp_path, monkeypatch): # the superuser, too, is refused on a disk that is read-only
+    def denied(dir): raise OSError(30, "Read-only file system")
+    monkeypatch.setattr("tempfile.TemporaryFile", denied)
+    refuses("--output_image", tmp_path/"drawn.png", says=[f"cannot write in the folder {tmp_path}", "Read-only file system"])
+
+
+def test_pictures_are_not_drawn_over(refuses, tmp_path):
+    SCENE.image.save(tmp_path/"a.png")
+    (tmp_path/"link.png").symlink_to(tmp_path/"a.png")
+    before = (tmp_path/"a.png").read_bytes()
+    for name in ("a.png", "link.png"): refuses("--image_file_path", tmp_path/"a.png", "--output_image", tmp_path/name, says="to read")
+    refuses("--image_file_path", tmp_path, "--output_image", tmp_path, says="to read")
+    (tmp_path/"b").mkdir()
+    SCENE.image.save(tmp_path/"b"/"a.jpg")
+    refuses("--image_file_path", tmp_path/"a.png", tmp_path/"b", "--output_image", tmp_path/"drawn", says="two of the pictures")
+    assert (tmp_path/"a.png").read_bytes() == before and not (tmp_path/"drawn").exists()
+
+
+def test_several_drawings_want_a_folder(refuses, tmp_path):
+    (tmp_path/"notes").touch()
+    for name in ("notes", "drawn.png"):
+        refuses("--image_file_path", SAMPLE, SAMPLE, "--output_image", tmp_path/name, says="expected a folder")
+    refuses("--image_file_path", SAMPLE, SAMPLE, "--output_image", tmp_path/"no"/"drawn", says=["two of", "sample.png"])
+    refuses("--image_file_path", SAMPLE, "none.png", "--output_image", tmp_path/"no"/"drawn", says="no folder")
+
+
+def test_an_old_file_is_replaced_whole_or_not_at_all(command, tmp_path, monkeypatch):
+    (tmp_path/"kept.png").write_bytes(b"old")
+    (tmp_path/"link.png").symlink_to("kept.png")
+    def breaks(self, path, *args, **kwargs):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as m:
+        m.setattr(Image.Image, "save", breaks)
+        with pytest.raises(ValueError, match="kept.png cannot be written: .*No space"): save_drawing(tmp_path/"kept.png", SCENE.image, [])
+    assert (tmp_path/"kept.png").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
+    save_drawing(tmp_path/"link.png", SCENE.image, [])
+    assert (tmp_path/"link.png").is_symlink() and np.array_equal(pixels(tmp_path/"kept.png"), SCENE.pixels)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_no_room_for_the_drawing(command, monkeypatch, tmp_path):
+    def full(path, image, objects): raise ValueError(f"{path} cannot be written: No space left on device")
+    monkeypatch.setattr(inference, "save_drawing", full)
+    code, out, err = command("--only_cpu", "--output_image", tmp_path/"drawn.png")
+    assert code == 2 and out == f"device: cpu\n{SCENE.caption}\n" and err.startswith("error: ") and err.count("\n") == 1
+
+
+# --- several pictures
+
+@pytest.fixture(scope="module")
+def album(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("album")
+    for i, name in enumerate(("d.png", "a.jpg", "c.png", "b.webp", "e[1].png")):
+        make_scene(HELD_OUT + i, 112).image.save(folder/name, quality=95)
+    (folder/"f.png").write_bytes(SAMPLE.read_bytes()[:5000])
+    for name in ("notes.txt", ".hidden.png", "noextension"): (folder/name).write_text("no picture")
+    return folder
+
+
+def test_find_pictures(album):
+    def found(*values):
+        paths, alone = find_pictures([str(v) for v in values])
+        return [os.path.relpath(p, album) for p in paths], alone
+    assert found(album) == (["a.jpg", "b.webp", "c.png", "d.png", "e[1].png", "f.png"], False)
+    assert found(album/"[cd].png") == (["c.png", "d.png"], False)
+    assert found(album/"c*") == (["c.png"], False)                     # a pattern is one even with a single match
+    assert found(album/"e[1].png") == (["e[1].png"], True)             # it exists: no pattern
+    assert found(album/"d.png", album/"a.jpg") == (["d.png", "a.jpg"], False)
+    assert found(album/"d.png", album/"*.web?", album/"none.png") == (["d.png", "b.webp", "none.png"], False)
+    assert found(album/"**"/"[cd].png") == (["c.png", "d.png"], False)
+    assert found(album/"none.png") == (["none.png"], True)
+
+
+def test_no_pictures(fails, tmp_path):
+    fails("--image_file_path", tmp_path, says="no picture in the folder")
+    fails("--image_file_path", tmp_path/"*.png", says=["no picture matches", "*.png"])
+    fails("--image_file_path", SAMPLE, tmp_path/"*.png", says="no picture matches")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_folder_in_order_with_a_bad_picture(command, album, size):
+    code, out, err = command("--only_cpu", "--image_file_path", album, "--batch_size", size)
+    model, processor = load_model(device="cpu")
+    names = "a.jpg", "b.webp", "c.png", "d.png", "e[1].png"
+    answers = [processor.decode(generate(model, processor(open_image(album/name), "caption en")))[0] for name in names]
+    assert out == "device: cpu\n" + "".join(f"{album/name}: {answer}\n" for name, answer in zip(names, answers))
+    assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and "f.png" in err
+
+
+def test_several_tables_records_and_drawings(command, album, tmp_path):
+    flags = "--only_cpu", "--prompt=detect red circle", "--image_file_path", album/"d.png", SAMPLE
+    code, out, err = command(*flags, "--output_image", tmp_path/"drawn")
+    assert (code, err) == (0, "") and f"{SAMPLE}:\nlabel " in out and out.endswith(f"\nwritten: {tmp_path/'drawn'}\n")
+    assert sorted(p.name for p in (tmp_path/"drawn").iterdir()) == ["d.png", "sample.png"]
+    code, out, err = command(*flags, "--output_format=json", "--output_image", tmp_path/"drawn")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert (code, err) == (0, "device: cpu\n") and [r["image"] for r in records] == [str(album/"d.png"), str(SAMPLE)]
+    assert np.array_equal(pixels(tmp_path/"drawn"/"sample.png"),
+                          np.asarray(draw_detections(SCENE.image, parse_boxes(records[1]["answer"], (112, 112)))))
+
+
+def test_exit_codes_of_several(command, tmp_path):
+    (tmp_path/"bad.png").write_bytes(b"")
+    code, out, err = command("--only_cpu", "--image_file_path", tmp_path/"bad.png", tmp_path/"none.png", "--output_image", tmp_path/"drawn")
+    assert (code, out) == (2, "device: cpu\n") and [line[:7] for line in err.splitlines()] == ["error: "] * 2
+    assert not (tmp_path/"drawn").exists()
+    code, out, err = command("--only_cpu", "--image_file_path", tmp_path/"none.png", SAMPLE)
+    assert (code, out) == (1, f"device: cpu\n{SAMPLE}: {SCENE.caption}\n") and "no such picture" in err
+
+
+def test_progress_is_for_terminals(command, monkeypatch):
+    flags = "--only_cpu", "--image_file_path", SAMPLE, SAMPLE
+    assert command(*flags)[2] == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    code = main([str(flag) for flag in flags])
+    assert code == 0 and "2/2" in sys.stderr.getvalue()
 
 
 # --- flags
@@ -138,8 +505,8 @@ def test_help_names_every_flag_and_waits_for_nothing():
 
 def test_defaults():
     assert parse_flags([]) == dict(
-        model_path=None, prompt="caption en", image_file_path=str(SAMPLE), max_tokens_to_generate=100, temperature=.8,
-        top_p=.9, do_sample=False, only_cpu=False, device=None)
+        model_path=None, prompt="caption en", image_file_path=[str(SAMPLE)], max_tokens_to_generate=100, temperature=.8,
+        top_p=.9, do_sample=False, only_cpu=False, device=None, output_image=None, output_format="text", batch_size=8)
 
 
 @pytest.mark.parametrize("argv, name, value", [
@@ -159,6 +526,16 @@ def test_defaults():
     (["--do_sample", "0"], "do_sample", False),
     (["--nodo_sample"], "do_sample", False),
     (["--only_cpu", "--device", "cpu"], "device", "cpu"),
+    (["--output_format=json"], "output_format", "json"),
+    (["--batch-size", "2"], "batch_size", 2),
+    (["--output_image", "a b.png"], "output_image", "a b.png"),
+    (["--image_file_path", "a.png"], "image_file_path", ["a.png"]),
+    (["--image_file_path=a b.png"], "image_file_path", ["a b.png"]),
+    (["--image_file_path", "7", "[7]", "a=b.png"], "image_file_path", ["7", "[7]", "a=b.png"]),
+    (["--image-file-path", "a.png", "b.png", "--prompt", "x"], "image_file_path", ["a.png", "b.png"]),
+    (["--do_sample", "--image_file_path", "a.png", "b.png", "c.png"], "image_file_path", ["a.png", "b.png", "c.png"]),
+    (["--image_file_path", "a.png", "b.png", "--image_file_path", "c.png"], "image_file_path", ["c.png"]),
+    (["--image_file_path=a.png", "--image_file_path", "b.png", "c.png"], "image_file_path", ["b.png", "c.png"]),
 ])
 def test_flags(argv, name, value):
     values = parse_flags(argv)
@@ -185,6 +562,14 @@ def test_flags(argv, name, value):
     (["--prompt= \n"], ["--prompt: expected some text"]),
     (["--prompt", "\udcff"], ["--prompt: expected valid UTF-8"]),
     (["--image_file_path="], ["--image_file_path: expected some text"]),
+    (["--image_file_path", "a.png", ""], ["--image_file_path: expected some text"]),
+    (["--image_file_path"], ["--image_file_path needs a value"]),
+    (["--image_file_path=a.png", "b.png"], ["unexpected argument 'b.png'"]),
+    (["--image_file_path", "a.png", "--prompt", "x", "b.png"], ["unexpected argument 'b.png'"]),
+    (["--output_format=xml"], ["--output_format: expected text or json, got 'xml'"]),
+    (["--output_image="], ["--output_image: expected some text"]),
+    (["--output_image"], ["--output_image needs a value"]),
+    (["--batch_size=0"], ["--batch_size: expected a whole number of at least 1, got '0'"]),
     (["--top_p=0"], ["--top_p: expected more than 0 and at most 1, got '0'"]),
     (["--top_p=-0.5"], ["--top_p", "'-0.5'"]),
     (["--top_p", "-0.5"], ["--top_p", "'-0.5'"]),
@@ -236,7 +621,6 @@ def test_bad_pictures(fails, source, tmp_path, content, says):
 
 def test_no_picture(fails, source, tmp_path):
     fails("--model_path", source, "--image_file_path", tmp_path/"none.png", says="no such picture")
-    fails("--model_path", source, "--image_file_path", tmp_path, says="not a picture file")
     fails("--model_path", source, "--prompt", "<image> <image> which?", says=["2", "images"])
 
 
