@@ -315,5 +315,6 @@ def mask_iou(
 ) -> np.ndarray: # [n, m], 0 … 1
     "Every mask of `a` against every mask of `b`, by pycocotools: the pixels they share over those they cover together."
     *_, rle = _pycocotools()
-    a, b = (rle.encode(np.asfortranarray(np.stack(masks, axis=-1), dtype=np.uint8)) if len(masks) else [] for masks in (a, b))
+    def packed(masks): return rle.encode(np.asfortranarray(np.stack(masks, axis=-1), dtype=np.uint8))
+    a, b = (packed(masks) if len(masks) else [] for masks in (a, b))
     return np.reshape(rle.iou(a, b, [0] * len(b)), (len(a), len(b)))

@@ -50,12 +50,13 @@ def test_constraints_pin_every_requirement():
     assert "torchvision" not in pins  # beside the CPU build of torch its import fails
 
 
-def test_wheel_ships_the_model_the_sample_and_the_command(tmp_path):
+def test_wheel_ships_the_models_the_sample_and_the_command(tmp_path):
     for name in ("setup.py", "settings.ini", "README.md", "LICENSE"): shutil.copy(ROOT/name, tmp_path)
     shutil.copytree(ROOT/"paligemma_nb", tmp_path/"paligemma_nb", ignore=shutil.ignore_patterns("__pycache__"))
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", "out", ".", cwd=tmp_path)
     wheel = zipfile.ZipFile(next((tmp_path/"out").glob("*.whl")))
-    data = {p.relative_to(ROOT).as_posix() for p in (ROOT/"paligemma_nb").glob("tiny/*")} | {"paligemma_nb/sample.png"}
+    data = {p.relative_to(ROOT).as_posix() for p in (ROOT/"paligemma_nb").glob("tiny/*")}
+    data |= {"paligemma_nb/sample.png", "paligemma_nb/mask_vae.safetensors"}
     assert len(data) > 1 and data <= set(wheel.namelist())
     commands = next(wheel.read(n).decode() for n in wheel.namelist() if n.endswith("entry_points.txt"))
     assert "paligemma-nb = paligemma_nb.inference:main" in commands
@@ -89,7 +90,7 @@ def clone(tmp_path):
 def test_launch_installs_once_and_passes_its_parameters_on(clone):
     torch, rest, started = clone(PROMPT="detect  red circle", TOP_P="0.5")
     assert "<torch==" in torch and "<--editable><.>" in rest and "constraints.txt" in rest
-    assert started == "<-m><paligemma_nb.inference><--prompt=detect  red circle><--top_p=0.5>"
+    assert started == "<-m><paligemma_nb.inference><--prompt=detect  red circle><--output_image=answer.png><--top_p=0.5>"
     assert clone("--help") == ["<-m><paligemma_nb.inference><--help>"]
     (clone.root/"constraints.txt").write_text("torch==0\n")
     assert len(clone()) == 3  # changed requirements are installed
