@@ -198,9 +198,7 @@ def answer_attention(
     x, cos, sin, mask, _ = seen
     q, k, _ = attention.project(x, cos, sin)
     t = ids.shape[1]  # the last t positions write the answer
-    q = q[:, :, -t:].unflatten(1, (k.shape[1], -1))  # [b, k, h/k, t, d]
-    scores = q.float() @ k.float().transpose(-1, -2).unsqueeze(2) / text.head_dim ** 0.5
-    weights = scores.masked_fill(~mask[:, :, None, -t:], -math.inf).softmax(dim=-1).flatten(1, 2)  # [b, h, t, all]
+    weights = attention.weights(q[:, :, -t:], k, mask[:, :, -t:])  # [b, h, t, all]
     weights = weights.mean(dim=1) if head is None else weights[:, head]
     seats = F.pad(is_image, (0, t - 1)).to(weights.device)  # no answer holds a picture
     weights = weights.transpose(1, 2)[seats].view(len(counts), counts[0], t).transpose(1, 2)

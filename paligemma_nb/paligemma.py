@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PaliGemmaConfig', 'PaliGemmaMultiModalProjector', 'merge_image_features', 'prefix_lm_mask', 'decoder_mask',
-           'suffix_loss', 'GemmaForCausalLM', 'PaliGemmaOutput', 'PaliGemmaForConditionalGeneration']
+           'sliding_window_mask', 'suffix_loss', 'GemmaForCausalLM', 'PaliGemmaOutput',
+           'PaliGemmaForConditionalGeneration']
 
 # %% ../nbs/06_paligemma.ipynb #69f169e7
 import dataclasses
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .gemma import GemmaConfig, GemmaModel
+from .gemma import Gemma2Config, GemmaConfig, GemmaModel, soft_cap
 from .kv_cache import KVCache
 from .siglip import SiglipVisionConfig, SiglipVisionModel
 
@@ -33,7 +34,7 @@ def _from_section(cls, section: str, d: dict):
 def _to_sections(vision: SiglipVisionConfig, text: GemmaConfig, pad_token_id: int) -> dict:
     "Both sections as transformers 5 spells them, with the settings that are the same for every PaliGemma."
     text_section = dataclasses.asdict(text) | dict(
-        model_type="gemma", hidden_activation="gelu_pytorch_tanh", pad_token_id=pad_token_id,
+        model_type=text.model_type, hidden_activation="gelu_pytorch_tanh", pad_token_id=pad_token_id,
         rope_parameters=dict(rope_theta=text.rope_theta, rope_type="default"), num_image_tokens=vision.num_image_tokens)
     del text_section["rope_theta"]
     vision_section = dataclasses.asdict(vision) | dict(
@@ -46,7 +47,7 @@ def _to_sections(vision: SiglipVisionConfig, text: GemmaConfig, pad_token_id: in
 class PaliGemmaConfig:
     "Sizes of the whole model, as in the published `config.json`."
     vision_config: SiglipVisionConfig
-    text_config: GemmaConfig
+    text_config: GemmaConfig  # or Gemma2Config
     image_token_index: int  # id of `<image>`
     pad_token_id: int = 0
     bos_token_id: int = 2
@@ -58,12 +59,15 @@ class PaliGemmaConfig:
         if missing := sorted({"vision_config", "text_config", "image_token_index"} - d.keys()):
             raise ValueError(f"expected a PaliGemma config, but it lacks {', '.join(missing)}")
         text = dict(d["text_config"])
-        if text.get("model_type", "gemma") != "gemma":
-            raise ValueError(f"expected a text_config of model_type 'gemma', got {text['model_type']!r}")
+        kind = text.get("model_type", "gemma")
+        text_class = next((c for c in (GemmaConfig, Gemma2Config) if c.model_type == kind), None)
+        if text_class is None:
+            raise ValueError(f"expected a text_config of model_type 'gemma' or 'gemma2', got {kind!r}")
+        if kind == "gemma2": text.setdefault("hidden_activation", "gelu_pytorch_tanh")  # its hidden_act means nothing
         text.setdefault("rope_theta", (text.get("rope_parameters") or {}).get("rope_theta", 10_000.0))
         ids = {k: d.get(k, text.get(k)) for k in ("pad_token_id", "bos_token_id", "eos_token_id")}
         return cls(_from_section(SiglipVisionConfig, "vision_config", d["vision_config"]),
-                   _from_section(GemmaConfig, "text_config", text), d["image_token_index"],
+                   _from_section(text_class, "text_config", text), d["image_token_index"],
                    **{k: v for k, v in ids.items() if v is not None})
 
     def to_dict(self) -> dict: # the content of a `config.json` that transformers opens as well
@@ -127,6 +131,22 @@ def decoder_mask(
     cached = token_type_ids.new_zeros(b, past)  # what is cached is seen by all: it counts as prefix
     return prefix_lm_mask(torch.cat((cached, token_type_ids), dim=1), attention_mask)[:, :, past:]
 
+# %% ../nbs/06_paligemma.ipynb #2741e833
+def sliding_window_mask(
+    mask: Tensor | None,            # from `decoder_mask`
+    input_ids: Tensor,              # as for `decoder_mask`, and so are the next two
+    token_type_ids: Tensor | None,
+    past: int,
+    window: int | None,             # tokens that a suffix token sees, itself included; None: all
+) -> Tensor | None: # bool, broadcasts to [b, 1, t, past + t]; `mask` where nothing is outside the window
+    "The mask of layers that slide: the suffix sees the latest `window` tokens; as in transformers, the prefix is free."
+    n = past + input_ids.shape[1]
+    if window is None or n <= window or (token_type_ids is None and past == 0): return mask
+    places = torch.arange(n, device=input_ids.device)
+    near = places > places[past:, None] - window  # [t, past + t]
+    if token_type_ids is not None: near = near | (token_type_ids == 0)[:, None, :, None]
+    return near if mask is None else mask & near
+
 # %% ../nbs/06_paligemma.ipynb #db68cf10
 def suffix_loss(
     logits: Tensor,  # [b, kept, v], of the last `kept` positions
@@ -150,7 +170,8 @@ class GemmaForCausalLM(nn.Module):
 
     def logits(self, hidden: Tensor, # [..., c]
     ) -> Tensor: # [..., v]
-        return F.linear(hidden, self.model.embed_tokens.weight)
+        logits = F.linear(hidden, self.model.embed_tokens.weight)
+        return soft_cap(logits, self.model.config.final_logit_softcapping)  # Gemma 2 has a cap
 
 # %% ../nbs/06_paligemma.ipynb #29ecf174
 @dataclass
@@ -160,7 +181,7 @@ class PaliGemmaOutput:
 
 # %% ../nbs/06_paligemma.ipynb #1bd61288
 class PaliGemmaForConditionalGeneration(nn.Module):
-    "PaliGemma (arXiv 2407.07726). Parameters carry the names of the published checkpoint."
+    "PaliGemma (arXiv 2407.07726) and PaliGemma 2 (2412.03555). Parameters are named as in the published checkpoint."
     def __init__(self, config: PaliGemmaConfig):
         super().__init__()
         self.config = config
@@ -187,6 +208,8 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         embeds = decoder.embed(input_ids.masked_fill(is_image, 0))  # the id of <image> may lie past the table
         embeds = merge_image_features(embeds, is_image, image_features)
         past = 0 if kv_cache is None else kv_cache.length
-        hidden = decoder(embeds, decoder_mask(input_ids, attention_mask, token_type_ids, past), kv_cache)
+        mask = decoder_mask(input_ids, attention_mask, token_type_ids, past)
+        sliding = sliding_window_mask(mask, input_ids, token_type_ids, past, self.config.text_config.sliding_window)
+        hidden = decoder(embeds, mask, kv_cache, sliding)
         logits = self.language_model.logits(hidden[:, -logits_to_keep:])  # -0: all of them
         return PaliGemmaOutput(logits, None if labels is None else suffix_loss(logits, labels))

@@ -18,7 +18,7 @@ import paligemma_nb
 from paligemma_nb import checkpoint
 from paligemma_nb.checkpoint import (
     INDEX, WEIGHTS, WeightFiles, empty_model, load_model, load_weights, published_key, read_config, save_model)
-from paligemma_nb.gemma import GemmaConfig
+from paligemma_nb.gemma import Gemma2Config, GemmaConfig
 from paligemma_nb.paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma_nb.processing import PaliGemmaProcessor, train_tokenizer
 from paligemma_nb.siglip import SiglipVisionConfig
@@ -27,10 +27,13 @@ TINY = Path(paligemma_nb.__file__).parent/"tiny"
 EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 
 
-def make_model(processor, seed=0):
+BOTH = pytest.mark.parametrize("model", [GemmaConfig, Gemma2Config], indirect=True, ids=lambda c: c.model_type)
+
+
+def make_model(processor, seed=0, gemma=GemmaConfig):
     torch.manual_seed(seed)
     config = PaliGemmaConfig(SiglipVisionConfig(36, 52, 2, 3, 14, 42), image_token_index=processor.image_token_id,
-                             text_config=GemmaConfig(40, 56, 2, 4, 2, processor.vocab_size, head_dim=12))
+                             text_config=gemma(40, 56, 2, 4, 2, processor.vocab_size, head_dim=12))
     model = PaliGemmaForConditionalGeneration(config).eval()
     with torch.no_grad():
         for p in model.parameters(): p.normal_(0, .2)
@@ -42,7 +45,7 @@ def processor(): return PaliGemmaProcessor(train_tokenizer(["caption en a red ci
 
 
 @pytest.fixture(scope="module")
-def model(processor): return make_model(processor)
+def model(request, processor): return make_model(processor, gemma=getattr(request, "param", GemmaConfig))
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,7 @@ def fails(error, *words): # a single clear line that holds these words
 
 # --- there and back
 
+@BOTH
 def test_round_trip(model, source, inputs):
     loaded, processor = load_model(source, device="cpu")
     assert same(model, loaded) and loaded.config == model.config and not loaded.training
@@ -167,6 +171,7 @@ LAYOUTS = {
 }
 
 
+@BOTH
 @pytest.mark.parametrize("head", [False, True], ids=["no head", "tied head"])
 @pytest.mark.parametrize("rename", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_layouts(model, folder, rename, head):
@@ -192,6 +197,7 @@ def test_two_tensors_of_one_name(model, folder):
 
 # --- strictness
 
+@BOTH
 def test_missing_surplus_and_misshapen_tensors(model, folder):
     good, keys = model.state_dict(), list(model.state_dict())
     total = f"expected {len(keys)} tensors"
@@ -507,6 +513,7 @@ def Theirs(): return pytest.importorskip("transformers").PaliGemmaForConditional
 def relative(got, expected): return ((got - expected).abs().max() / expected.abs().max()).item()
 
 
+@BOTH
 @pytest.mark.parametrize("limit", [10**9, 100_000], ids=["one file", "shards"])
 def test_transformers_opens_ours(Theirs, model, processor, inputs, tmp_path, limit):
     save_model(model, processor, tmp_path/"m", max_shard_size=limit)
@@ -517,6 +524,7 @@ def test_transformers_opens_ours(Theirs, model, processor, inputs, tmp_path, lim
     assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == model.config.eos_token_id
 
 
+@BOTH
 @pytest.mark.parametrize("limit", ["1GB", "100KB"], ids=["one file", "shards"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_we_open_theirs(Theirs, source, processor, model, tmp_path, limit, dtype):

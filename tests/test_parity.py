@@ -1,8 +1,9 @@
 """Agreement with transformers (eager attention, float32, random weights): the numbers that every lesson promises.
 
-Each case is an odd shape of the model, because a model with the usual sizes forgives a swapped dimension."""
+Each case is an odd shape of the model, because a model with the usual sizes forgives a swapped dimension.
+Both generations of Gemma pass the same checks; `test_paligemma2` runs them on shapes that it draws."""
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import PaliGemmaConfig as TheirConfig
 from transformers import PaliGemmaForConditionalGeneration as Theirs
 
 from paligemma_nb.checkpoint import published_key
-from paligemma_nb.gemma import GemmaConfig
+from paligemma_nb.gemma import Gemma2Config, GemmaConfig
 from paligemma_nb.generation import answer_attention, answer_probs, generate
 from paligemma_nb.kv_cache import KVCache
 from paligemma_nb.paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
@@ -32,12 +33,13 @@ class Case:
     vision_heads: int = 3     # vision hidden 36
     vocab: int = VOCAB
     text: dict | None = None  # other settings of the decoder
+    gemma: type = GemmaConfig
 
     @property
     def config(self):
         return PaliGemmaConfig(
             SiglipVisionConfig(36, 52, 2, self.vision_heads, self.patch, self.image, layer_norm_eps=1e-6),
-            GemmaConfig(self.hidden, 76, 3, self.heads, self.kv_heads, self.vocab, self.head_dim, **self.text or {}),
+            self.gemma(self.hidden, 76, 3, self.heads, self.kv_heads, self.vocab, self.head_dim, **self.text or {}),
             image_token_index=IMAGE)
 
 
@@ -51,6 +53,21 @@ CASES = {
     "seven heads of 2, prime hidden, other eps": Case(7, 1, 2, 53, image=31, patch=6, text=dict(rms_norm_eps=1e-3)),
     "<image> lies past the embedding": Case(4, 2, 12, vocab=IMAGE),
 }
+SLIDES, FULL = "sliding_attention", "full_attention"
+CASES_2 = {  # 21 tokens and more, of which the last five are the suffix
+    "Gemma 2, nothing outside the window": Case(4, 2, 20, text=dict(query_pre_attn_scalar=10)),
+    "Gemma 2, the window ends in the prompt": Case(
+        4, 1, 14, hidden=44, text=dict(query_pre_attn_scalar=9, sliding_window=8, attn_logit_softcapping=4.)),
+    "Gemma 2, shorter than the suffix": Case(
+        6, 3, 8, hidden=54, image=45, text=dict(query_pre_attn_scalar=3, sliding_window=3, final_logit_softcapping=2.)),
+    "Gemma 2, no caps, others slide": Case(
+        3, 3, 10, hidden=39, pictures=2, image=28, text=dict(
+            query_pre_attn_scalar=4, sliding_window=11, layer_types=[FULL, SLIDES, SLIDES],
+            attn_logit_softcapping=None, final_logit_softcapping=None)),
+    "Gemma 2, no window": Case(5, 5, 6, hidden=35, pictures=3, image=17, patch=17, text=dict(
+        query_pre_attn_scalar=5, layer_types=[FULL] * 3)),
+}
+CASES |= {name: replace(case, gemma=Gemma2Config) for name, case in CASES_2.items()}
 
 
 def relative(got, expected):
@@ -60,9 +77,14 @@ def relative(got, expected):
 
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
 def both(request):
-    "Their model and ours with the same random weights, and a batch whose rows begin with 0, 2 and 4 tokens of padding."
-    case, threads = request.param, torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield make_both(request.param)
+    torch.set_num_threads(threads)
+
+
+def make_both(case):
+    "Their model and ours with the same random weights, and a batch whose rows begin with 0, 2 and 4 tokens of padding."
     torch.manual_seed(0)
     config = case.config
     theirs = Theirs._from_config(TheirConfig(**config.to_dict()), attn_implementation="eager").eval()
@@ -74,8 +96,7 @@ def both(request):
     head, embedding = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
     assert torch.equal(weights.pop(head), weights[embedding])  # theirs is tied, too
     ours.load_state_dict(weights)
-    yield theirs, ours, batch(case)
-    torch.set_num_threads(threads)
+    return theirs, ours, batch(case)
 
 
 def batch(case, rows=3, prompt=7, suffix=5):
@@ -106,6 +127,21 @@ def test_attention_is_not_flat(both):
     for weights in theirs(**inputs, output_attentions=True).attentions:  # [b, h, t, t]
         visible = (weights > 0).sum(dim=-1)
         assert (weights.amax(dim=-1) * visible)[visible > 1].mean() > 2
+
+
+def test_attention_weights(both):
+    "In every layer, scale, soft cap and window included."
+    theirs, ours, inputs = both
+    modules, seen = [layer.self_attn for layer in ours.language_model.model.layers], []
+    hooks = [module.register_forward_pre_hook(lambda module, args: seen.append(args)) for module in modules]
+    try: ours(**inputs)
+    finally:
+        for hook in hooks: hook.remove()
+    attentions, real = theirs(**inputs, output_attentions=True).attentions, inputs["attention_mask"].bool()
+    for module, (x, cos, sin, mask, _), expected in zip(modules, seen, attentions):
+        q, k, _ = module.project(x, cos, sin)
+        got = module.weights(q, k, mask).transpose(1, 2)[real]  # [real tokens, h, t]
+        assert relative(got, expected.transpose(1, 2)[real]) <= TOLERANCE
 
 
 def test_prefill_of_a_padded_batch(both):
