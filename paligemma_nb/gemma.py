@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GemmaConfig', 'Gemma2Config', 'GemmaRMSNorm', 'GemmaMLP', 'soft_cap', 'grouped_weights', 'GemmaAttention',
-           'GemmaDecoderLayer', 'Gemma2DecoderLayer', 'GemmaModel']
+           'GemmaDecoderLayer', 'Gemma2DecoderLayer', 'GemmaEmbedding', 'GemmaModel']
 
 # %% ../nbs/05_gemma.ipynb #8f7aec77
 from dataclasses import dataclass
@@ -146,16 +146,20 @@ class GemmaAttention(nn.Module):
         cos: Tensor, sin: Tensor,            # [b or 1, t, d] angles of the new tokens
         mask: Tensor | None,                 # bool, broadcasts to [b, 1, t, all tokens]; True = may look; None = all
         kv_cache: KVCache | None = None,     # what earlier tokens left
-    ) -> Tensor: # [b, t, c]
+        last: int = 0,                       # so many last tokens look, the others are only looked at; 0: all look
+    ) -> Tensor: # [b, t or last, c]
         q, k, v = self.project(x, cos, sin)
+        q, mask = q[:, :, -last:], None if mask is None else mask[..., -last:, :]  # -0: all of them
         if kv_cache is not None: k, v = kv_cache.update(self.layer_idx, k, v)
         if self.softcap is None:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale,
-                                                 enable_gqa=q.shape[1] != k.shape[1])
+            # a single query: the heads of its group stand one under the other, like the queries of one head
+            rows = q.reshape(len(q), k.shape[1], -1, self.head_dim) if q.shape[2] == 1 else q
+            out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=self.scale,
+                                                 enable_gqa=rows.shape[1] != k.shape[1])
         else:  # the fused kernel knows no cap
             weights = self.weights(q, k, mask).to(v.dtype).view(len(q), k.shape[1], -1, k.shape[2])
-            out = (weights @ v).view(q.shape)  # [b, h, t, d]
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # [b, t, c]
+            out = weights @ v
+        return self.o_proj(out.reshape(q.shape).transpose(1, 2).flatten(2))
 
 # %% ../nbs/05_gemma.ipynb #06c1d713
 class GemmaDecoderLayer(nn.Module):
@@ -168,8 +172,9 @@ class GemmaDecoderLayer(nn.Module):
         self.mlp = GemmaMLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, kv_cache: KVCache | None = None,
-    ) -> Tensor: # [b, t, c]; the arguments are GemmaAttention's
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, kv_cache)
+                last: int = 0,
+    ) -> Tensor: # [b, t or last, c]; the arguments are GemmaAttention's
+        x = x[:, -last:] + self.self_attn(self.input_layernorm(x), cos, sin, mask, kv_cache, last)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 # %% ../nbs/05_gemma.ipynb #c183a442
@@ -181,9 +186,18 @@ class Gemma2DecoderLayer(GemmaDecoderLayer):
         self.post_feedforward_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, kv_cache: KVCache | None = None,
-    ) -> Tensor: # [b, t, c]; the arguments are GemmaAttention's
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), cos, sin, mask, kv_cache))
+                last: int = 0,
+    ) -> Tensor: # [b, t or last, c]; the arguments are GemmaAttention's
+        seen = self.self_attn(self.input_layernorm(x), cos, sin, mask, kv_cache, last)
+        x = x[:, -last:] + self.post_attention_layernorm(seen)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+# %% ../nbs/05_gemma.ipynb #d32b9946
+class GemmaEmbedding(nn.Embedding):
+    "One row for each token of the vocabulary: what goes in, and what comes out is compared with."
+    def attend(self, hidden: Tensor, # [..., c]
+    ) -> Tensor: # [..., v]
+        return F.linear(hidden, self.weight)
 
 # %% ../nbs/05_gemma.ipynb #c68bd983
 class GemmaModel(nn.Module):
@@ -191,7 +205,7 @@ class GemmaModel(nn.Module):
     def __init__(self, config: GemmaConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = GemmaEmbedding(config.vocab_size, config.hidden_size)
         layer_class = Gemma2DecoderLayer if isinstance(config, Gemma2Config) else GemmaDecoderLayer
         self.layers = nn.ModuleList(layer_class(config, i) for i in range(config.num_hidden_layers))
         self.norm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -200,7 +214,7 @@ class GemmaModel(nn.Module):
     def embed(self, input_ids: Tensor, # [b, t]
     ) -> Tensor: # [b, t, c], scaled by sqrt(c)
         # the factor is rounded to the weights' dtype (45.25 for c = 2048 in bfloat16), as in the published model
-        factor = torch.tensor(self.config.hidden_size ** 0.5, dtype=self.embed_tokens.weight.dtype).item()
+        factor = torch.tensor(self.config.hidden_size ** 0.5, dtype=self.norm.weight.dtype).item()
         return self.embed_tokens(input_ids) * factor
 
     def forward(self,
@@ -208,12 +222,16 @@ class GemmaModel(nn.Module):
         mask: Tensor | None = None,       # bool, broadcasts to [b, 1, t, cached + t]; None: everyone sees everyone
         kv_cache: KVCache | None = None,  # filled in place and moved on by t
         sliding_mask: Tensor | None = None,  # for sliding layers; None: as `mask`, while nothing is outside the window
-    ) -> Tensor: # [b, t, c] after the final norm
+        last: int = 0,                    # so many last tokens are asked for; 0: all
+    ) -> Tensor: # [b, t or last, c] after the final norm
         t, past = inputs_embeds.shape[1], kv_cache.length if kv_cache is not None else 0
         # from 1, as in transformers; one row serves the batch: left padding shifts a row, and only differences count
         position_ids = torch.arange(past + 1, past + t + 1, device=inputs_embeds.device)[None]
         cos, sin = self.rotary_emb(position_ids)
         x, slides = inputs_embeds, () if sliding_mask is None else self.config.sliding_layers
-        for i, layer in enumerate(self.layers): x = layer(x, cos, sin, sliding_mask if i in slides else mask, kv_cache)
+        for i, layer in enumerate(self.layers):
+            # of the last layer nobody reads the other tokens, except their keys and values
+            asked = last if i == len(self.layers) - 1 else 0
+            x = layer(x, cos, sin, sliding_mask if i in slides else mask, kv_cache, asked)
         if kv_cache is not None: kv_cache.advance(t)
         return self.norm(x)

@@ -85,7 +85,7 @@ def _answers_only(logits, config): # a picture is no answer
 
 @torch.inference_mode()
 def _decode(model, inputs, max_new_tokens, temperature, top_p, generator):
-    config, weight = model.config, model.language_model.model.embed_tokens.weight
+    config, weight = model.config, model.language_model.model.norm.weight
     inputs = {name: x.to(weight.device) for name, x in inputs.items()}
     tokens, text = inputs["input_ids"], config.text_config
     b, t = tokens.shape
@@ -140,7 +140,7 @@ def _pieces(processor, steps):
 # %% ../nbs/08_generation.ipynb #4371daff
 def _read_answer(model, inputs, ids):
     "One pass over prompts and answers: the logits [b, t, v] that chose `ids`; `ids`; bool [b, t]: behind an `eos`?"
-    config, weight = model.config, model.language_model.model.embed_tokens.weight
+    config, weight = model.config, model.language_model.model.norm.weight
     inputs = {name: x.to(weight.device) for name, x in inputs.items()}
     prompt, ids, v = inputs["input_ids"], ids.to(weight.device), config.text_config.vocab_size
     if ids.ndim != 2 or len(ids) != len(prompt) or not ids.shape[1]:
@@ -195,7 +195,7 @@ def answer_attention(
     attention, seen = model.language_model.model.layers[layer].self_attn, []
     with attention.register_forward_pre_hook(lambda module, args: seen.extend(args)):
         _, ids, ended = _read_answer(model, inputs, ids)
-    x, cos, sin, mask, _ = seen
+    x, cos, sin, mask, *_ = seen
     q, k, _ = attention.project(x, cos, sin)
     t = ids.shape[1]  # the last t positions write the answer
     weights = attention.weights(q[:, :, -t:], k, mask[:, :, -t:])  # [b, h, t, all]

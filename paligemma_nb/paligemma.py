@@ -170,7 +170,7 @@ class GemmaForCausalLM(nn.Module):
 
     def logits(self, hidden: Tensor, # [..., c]
     ) -> Tensor: # [..., v]
-        logits = F.linear(hidden, self.model.embed_tokens.weight)
+        logits = self.model.embed_tokens.attend(hidden)
         return soft_cap(logits, self.model.config.final_logit_softcapping)  # Gemma 2 has a cap
 
 # %% ../nbs/06_paligemma.ipynb #29ecf174
@@ -210,6 +210,6 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         past = 0 if kv_cache is None else kv_cache.length
         mask = decoder_mask(input_ids, attention_mask, token_type_ids, past)
         sliding = sliding_window_mask(mask, input_ids, token_type_ids, past, self.config.text_config.sliding_window)
-        hidden = decoder(embeds, mask, kv_cache, sliding)
-        logits = self.language_model.logits(hidden[:, -logits_to_keep:])  # -0: all of them
+        hidden = decoder(embeds, mask, kv_cache, sliding, logits_to_keep)
+        logits = self.language_model.logits(hidden)
         return PaliGemmaOutput(logits, None if labels is None else suffix_loss(logits, labels))

@@ -138,7 +138,7 @@ def test_attention_weights(both):
     finally:
         for hook in hooks: hook.remove()
     attentions, real = theirs(**inputs, output_attentions=True).attentions, inputs["attention_mask"].bool()
-    for module, (x, cos, sin, mask, _), expected in zip(modules, seen, attentions):
+    for module, (x, cos, sin, mask, *_), expected in zip(modules, seen, attentions):
         q, k, _ = module.project(x, cos, sin)
         got = module.weights(q, k, mask).transpose(1, 2)[real]  # [real tokens, h, t]
         assert relative(got, expected.transpose(1, 2)[real]) <= TOLERANCE
@@ -153,6 +153,13 @@ def test_prefill_of_a_padded_batch(both):
     assert torch.equal(ours(**without_types).logits[real], got[real])
     last = ours(**inputs, logits_to_keep=1).logits
     assert relative(last, expected[:, -1:]) <= TOLERANCE
+
+
+def test_last_positions_alone(both):
+    "Where few are asked for, the last layer computes no others."
+    theirs, ours, inputs = both
+    expected = theirs(**inputs).logits
+    for kept in (1, 4): assert relative(ours(**inputs, logits_to_keep=kept).logits, expected[:, -kept:]) <= TOLERANCE
 
 
 def test_padding_changes_nothing(both):
