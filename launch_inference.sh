@@ -5,7 +5,7 @@
 # An empty value means the command's own default; more flags can follow: ./launch_inference.sh --help
 set -euo pipefail
 
-MODEL_PATH="${MODEL_PATH:-}"                               # folder of a checkpoint; default: the shipped model
+MODEL_PATH="${MODEL_PATH:-}"                               # folder of a checkpoint or a hub name; default: shipped
 PROMPT="${PROMPT:-}"                                       # "caption en", "detect red circle", "segment red circle", …
 IMAGE_FILE_PATH="${IMAGE_FILE_PATH:-}"                     # a picture, a folder or "*.png"; default: a sample scene
 OUTPUT_IMAGE="${OUTPUT_IMAGE:-}"                           # the picture with boxes and masks; default: see below

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'INDEX', 'FLOATS', 'published_key', 'check_shapes', 'empty_model', 'read_config', 'WeightFiles',
-           'load_weights', 'load_model', 'save_model']
+           'load_weights', 'find_folder', 'load_model', 'write_folder', 'save_model']
 
 # %% ../nbs/09_checkpoint.ipynb #dc067b94
 import json
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,6 +77,9 @@ def empty_model(
     with torch.device("meta"), _SkipInit(): return PaliGemmaForConditionalGeneration(config)
 
 # %% ../nbs/09_checkpoint.ipynb #71d35513
+def _first_line(error): return str(error).strip().split("\n")[0]
+
+
 def _read_json(path):
     try: content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e: raise ValueError(f"{path} is not JSON: {e}") from None
@@ -101,8 +105,10 @@ def _find_weights(folder):
     raise FileNotFoundError(f"no {WEIGHTS} and no {INDEX} in {folder}{hint}")
 
 
+def _state(path): return (stat := path.stat()).st_ino, stat.st_size, stat.st_mtime_ns  # of another file: another
+
+
 def _open_safetensors(path):
-    if not path.is_file(): raise FileNotFoundError(f"missing weights: {path}, which {INDEX} lists")
     try: return safe_open(path, framework="pt")
     except SafetensorError as e:
         raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors file: {e}") from None
@@ -125,31 +131,35 @@ class WeightFiles:
 
     Reads `model.safetensors`, or else the shards that `model.safetensors.index.json` lists. Opening parses the headers
     only. Raises FileNotFoundError for a missing file; ValueError for one that is cut short, broken or no safetensors,
-    for a shard that does not hold what the index says, for a dtype that is no float and for two tensors of one name."""
-    def __init__(self, folder: str | Path): # holds the one file, or the index and its shards
-        self.path, self._tensors = _find_weights(Path(folder)), {}  # published name -> (open file, name in the file)
-        if self.path.name == WEIGHTS: self._add(self.path)
+    for a shard that does not hold what the index says, for a dtype not in `dtypes` and for two tensors of one name."""
+    def __init__(self, folder: str | Path,  # holds the one file, or the index and its shards
+                 dtypes: dict[str, torch.dtype] = FLOATS): # that may be stored, by safetensors' names
+        self.path, self._tensors = _find_weights(Path(folder)), {}  # published name -> (file, its state, key, shape)
+        if self.path.name == WEIGHTS: self._add(self.path, dtypes)
         else:
-            for file, keys in _read_index(self.path).items(): self._add(self.path.with_name(file), keys)
+            for file, keys in _read_index(self.path).items(): self._add(self.path.with_name(file), dtypes, keys)
 
-    def _add(self, path, expected_keys=None):
-        file = _open_safetensors(path)
+    def _add(self, path, dtypes, expected_keys=None):
+        if not path.is_file(): raise FileNotFoundError(f"missing weights: {path}, which {INDEX} lists")
+        state, file = _state(path), _open_safetensors(path)
         keys = set(file.keys())
         if expected_keys is not None and keys != expected_keys:
             raise ValueError(f"{path} does not fit {INDEX}: {_difference(expected_keys, keys)}")
         for key in sorted(keys):
-            name = published_key(key)
+            name, header = published_key(key), file.get_slice(key)
             if name in self._tensors: raise ValueError(f"{path}: {key} is a second tensor for {name}")
-            if (dtype := file.get_slice(key).get_dtype()) not in FLOATS:
-                raise ValueError(f"{path}: {key} is stored as {dtype}, expected {', '.join(FLOATS)}")
-            self._tensors[name] = file, key
+            if (dtype := header.get_dtype()) not in dtypes:
+                raise ValueError(f"{path}: {key} is stored as {dtype}, expected {', '.join(dtypes)}")
+            self._tensors[name] = path, state, key, tuple(header.get_shape())
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]: # of every tensor, by published name; no data is read
-        return {name: tuple(file.get_slice(key).get_shape()) for name, (file, key) in self._tensors.items()}
+        return {name: shape for name, (*_, shape) in self._tensors.items()}
 
-    def __getitem__(self, name: str) -> Tensor: # a view of the mapped file: pages are read when they are used
-        file, key = self._tensors[name]
+    def __getitem__(self, name: str) -> Tensor: # a view of the file through a map of its own: gone when the tensor is
+        path, state, key, _ = self._tensors[name]
+        file = _open_safetensors(path)
+        if _state(path) != state: raise ValueError(f"{path} was replaced while it was read: load it again")
         return file.get_tensor(key)
 
 # %% ../nbs/09_checkpoint.ipynb #483634a4
@@ -165,21 +175,80 @@ def load_weights(
     """Strict: sets every parameter once and uses every tensor of the files, or raises ValueError and changes nothing.
 
     On the CPU and in the file's dtype the parameters are views of the mapped file: nothing is read until it is used.
-    The file must not be overwritten in place while the model lives; `save_model` over it is fine."""
+    For another device or dtype the tensors are converted one by one, so that no second copy of the file is held. The
+    file must not be overwritten in place while the model lives; `save_model` over it is fine."""
     files = WeightFiles(folder)
     found = files.shapes
     head = found.pop(_HEAD, None)  # some files repeat the embedding as output head
     check_shapes(_shapes(model.state_dict()), found, files.path)
-    embedding = files[_EMBEDDING]
-    if head is not None and not (head == found[_EMBEDDING] and torch.equal(files[_HEAD], embedding)):
+    if head is not None and not (head == found[_EMBEDDING] and torch.equal(files[_HEAD], files[_EMBEDDING])):
         raise ValueError(f"{files.path}: {_HEAD} differs from the embedding, but PaliGemma ties the two")
-    dtype = dtype or embedding.dtype
+    dtype = dtype or files[_EMBEDDING].dtype
     model.load_state_dict({name: files[name].to(device, dtype) for name in found}, assign=True)
 
+# %% ../nbs/09_checkpoint.ipynb #044554b0
+_PICTURES = "preprocessor_config.json", "processor_config.json"
+_PUBLISHED = ["config.json", "*.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json", *_PICTURES]
+
+
+def _missing_files(folder):
+    "A cache may hold a part of a model: what another program wanted, or what came before a download broke off."
+    def has(name): return (folder / name).is_file()
+    weights = _read_index(folder / INDEX) if has(INDEX) and not has(WEIGHTS) else [WEIGHTS]
+    pictures = next(filter(has, _PICTURES), _PICTURES[0])
+    return [name for name in ("config.json", "tokenizer.json", pictures, *weights) if not has(name)]
+
+# %% ../nbs/09_checkpoint.ipynb #80963ec4
+def _fetch(name):
+    "The folder in the hub's cache. The hub itself is asked only if files are missing there."
+    import huggingface_hub  # here: a folder is opened without
+    from huggingface_hub import errors
+    from tqdm import tqdm
+    def snapshot(files, **kwargs): return Path(huggingface_hub.snapshot_download(name, allow_patterns=files, **kwargs))
+    try:
+        try: folder = snapshot(_PUBLISHED, local_files_only=True)
+        except errors.LocalEntryNotFoundError: folder = None
+        if folder is None or _missing_files(folder):
+            snapshot("config.json", tqdm_class=partial(tqdm, disable=True))  # refused? then before bars are drawn
+            folder = snapshot(_PUBLISHED)
+        if not (missing := _missing_files(folder)): return folder
+        hint = f"{name} lacks {_shorten(missing)} in {folder}: if the hub has more, try again when online"
+    except errors.HFValidationError: hint = f"no model folder {name} (and no name on the hub is spelt so)"
+    except errors.GatedRepoError:
+        hint = f"{name} is gated: accept its licence at https://huggingface.co/{name}, then log in with `hf auth login`"
+    except errors.RepositoryNotFoundError:  # the hub's answer for a private one, too
+        hint = f"no folder {name}, nor such a model on the hub: check the spelling; a private one needs `hf auth login`"
+    except (OSError, RuntimeError, errors.HTTPError) as e:  # offline, disk full, or whatever a network does
+        hint = (f"no folder {name}, and the hub's files could not be fetched: give a folder or try again when online "
+                f"({_first_line(e.__cause__ or e)})")
+    raise FileNotFoundError(hint)
+
+# %% ../nbs/09_checkpoint.ipynb #6144963f
+def _new_and_old(path): # the names that a folder has while it is being written, and while it is being replaced
+    return path.parent / f".{path.name}.new", path.parent / f".{path.name}.old"
+
+
+def _recover(path):
+    "A save that was killed between its two renames left the old folder whole, under another name: take it back."
+    _, old = _new_and_old(path.resolve())
+    if old.is_dir() and not path.exists(): old.rename(path.resolve())
+
+# %% ../nbs/09_checkpoint.ipynb #b13a9d3b
+def find_folder(
+    model_path: str | Path | None, # a folder, or a name on the hub such as "google/paligemma-3b-mix-224"
+) -> Path: # the folder; for a name the one in the hub's cache; for None the tiny model shipped here
+    """What exists on the disk is no name. A name's files are fetched once (HF_HUB_CACHE says where they are kept).
+
+    Raises ValueError for a file; FileNotFoundError for no folder, and for a name unknown, gated or out of reach."""
+    if model_path is None: return Path(paligemma_nb.__file__).parent / "tiny"
+    folder = Path(model_path)
+    _recover(folder)
+    if folder.is_dir(): return folder
+    if folder.exists(): raise ValueError(f"expected the folder of a model, got a file: {folder}")
+    if isinstance(model_path, str) and model_path.count("/") == 1: return _fetch(model_path)
+    raise FileNotFoundError(f"no model folder {folder} (a name on the hub is owner/name)")
+
 # %% ../nbs/09_checkpoint.ipynb #0c293420
-def _first_line(error): return str(error).split("\n")[0]
-
-
 def _as_dtype(dtype):
     dtypes = {str(d).removeprefix("torch."): d for d in FLOATS.values()}
     if (name := str(dtype).removeprefix("torch.")) in dtypes: return dtypes[name]
@@ -207,32 +276,26 @@ def _check_processor(processor, config, source):
     if processor.vocab_size > rows + 1:  # the id of <image> may lie past the table: its row is never looked up
         raise ValueError(f"{source}: the tokenizer has {processor.vocab_size} tokens, the embedding {rows} rows")
 
-# %% ../nbs/09_checkpoint.ipynb #6144963f
-def _new_and_old(path): # the names that a folder has while it is being written, and while it is being replaced
-    return path.parent / f".{path.name}.new", path.parent / f".{path.name}.old"
-
-
-def _recover(path):
-    "A save that was killed between its two renames left the old folder whole, under another name: take it back."
-    _, old = _new_and_old(path.resolve())
-    if old.is_dir() and not path.exists(): old.rename(path.resolve())
-
 # %% ../nbs/09_checkpoint.ipynb #5b8f1c14
+def _check_not_quantised(folder):
+    if not isinstance(config := _read_json(folder / "config.json").get("quantization_config"), dict): return
+    method = config.get("quant_method") or f"{config.get('bits', 'unknown')} bits"
+    raise ValueError(f"{folder} holds quantised weights ({method}): open it with paligemma_nb.speed.open_model")
+
+
 def load_model(
-    model_path: str | Path | None = None,            # folder of the published files; None: the tiny model shipped here
+    model_path: str | Path | None = None,            # a folder or a name on the hub; None: the tiny model shipped here
     *, device: torch.device | str | None = None,     # None: CUDA if there is one, else the CPU
     dtype: torch.dtype | str | None = None,          # "bfloat16", torch.float32, ...; None: the file's
 ) -> tuple[PaliGemmaForConditionalGeneration, PaliGemmaProcessor]: # the model is in eval mode
-    """Opens a local folder, strictly, in any key layout (see `published_key`); nothing is downloaded or unpickled.
+    """Opens the published files, strictly, in any key layout (see `published_key`); nothing is unpickled.
 
-    Raises FileNotFoundError where a file is missing; ValueError where one is broken or does not fit the others, and for
-    a device or dtype that cannot be had."""
-    folder = Path(paligemma_nb.__file__).parent / "tiny" if model_path is None else Path(model_path)
+    Raises FileNotFoundError where a file is missing (see `find_folder` for names); ValueError where one is broken,
+    does not fit the others or holds quantised weights, and for a device or dtype that cannot be had."""
     device, dtype = _as_device(device), None if dtype is None else _as_dtype(dtype)
-    _recover(folder)
-    if not folder.exists(): raise FileNotFoundError(f"no model folder {folder} (nothing is downloaded)")
-    if not folder.is_dir(): raise ValueError(f"expected the folder of a model, got a file: {folder}")
+    folder = find_folder(model_path)
     config = read_config(folder)
+    _check_not_quantised(folder)
     try: model = empty_model(config)
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as e:  # sizes that no model can have
         raise ValueError(f"{folder / 'config.json'}: {_first_line(e)}") from None
@@ -271,46 +334,40 @@ def _write_weights(tensors, folder, max_shard_size):
         size += tensor.nbytes
     n = len(shards)
     files = [WEIGHTS] if n == 1 else [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
-    for file, shard in zip(files, shards): save_file(shard, folder / file, metadata={"format": "pt"})
+    for file, shard in zip(files, shards):
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # save_file's own lets nobody else read
     if n == 1: return
     _write_json(folder / INDEX, dict(
         metadata=dict(total_size=sum(tensor.nbytes for tensor in tensors.values())),
         weight_map={name: file for file, shard in zip(files, shards) for name in shard}))
 
 # %% ../nbs/09_checkpoint.ipynb #ff96fd9c
-def _check_model(model, processor):
-    check_shapes(_shapes(empty_model(model.config).state_dict()), _shapes(model.state_dict()), "the model to save")
-    _check_processor(processor, model.config, "the model to save")
-
-
 def _check_target(path):
     if path.exists() and not path.is_dir(): raise ValueError(f"expected a folder to save to, got a file: {path}")
     if path.exists() and any(path.iterdir()) and not (path / "config.json").is_file():
         raise ValueError(f"{path} holds something else than a model: expected a new folder, an empty one or a model's")
 
-# %% ../nbs/09_checkpoint.ipynb #30b4cd52
-def save_model(
-    model: PaliGemmaForConditionalGeneration,
-    processor: PaliGemmaProcessor,
-    path: str | Path,                      # a new folder, an empty one or a model's; its parents are made
-    *, max_shard_size: int = 5 * 10**9,    # bytes of weights; more are split over several files with an index
-):
-    """Writes the published format, which transformers opens too: config, weights in the dtype they have, tokenizer.
 
-    The folder is written beside `path` and takes its place when it is whole, so a kill at any moment leaves the old
-    model or the new one (`load_model` undoes a kill between the two renames). Files in an old folder that are no part
-    of a model (a model card, a log) stay. Raises ValueError if `path` is a file or holds other things than a model, or
-    if the model's tensors are not those of its config."""
-    path, tensors = Path(path).resolve(), model.state_dict()
-    _check_model(model, processor)
+def write_folder(
+    path: str | Path,                    # a new folder, an empty one or a model's; its parents are made
+    config: dict,                        # what config.json shall hold
+    tensors: dict[str, Tensor],          # by published name; of any dtype
+    processor: PaliGemmaProcessor,
+    *, max_shard_size: int = 5 * 10**9,  # bytes of weights; more are split over several files with an index
+):
+    """Writes a folder beside `path` that replaces it when it is whole: a kill at any moment leaves the old or the new.
+
+    `find_folder` undoes a kill between the two renames. Files in an old folder that are no part of a model (a model
+    card, a log) stay. Raises ValueError if `path` is a file or holds other things than a model."""
+    path = Path(path).resolve()
     _recover(path)
     _check_target(path)
     new, old = _new_and_old(path)
     shutil.rmtree(new, ignore_errors=True)  # what a kill may have left
     try:
         new.mkdir(parents=True)
-        dtype = str(tensors[_EMBEDDING].dtype).removeprefix("torch.")
-        _write_json(new / "config.json", model.config.to_dict() | dict(dtype=dtype))
+        _write_json(new / "config.json", config)
         processor.save_pretrained(new)
         _write_weights(tensors, new, max_shard_size)
         if path.exists():
@@ -322,3 +379,20 @@ def save_model(
         shutil.rmtree(new, ignore_errors=True)
         _recover(path)
     shutil.rmtree(old, ignore_errors=True)
+
+# %% ../nbs/09_checkpoint.ipynb #30b4cd52
+def save_model(
+    model: PaliGemmaForConditionalGeneration,
+    processor: PaliGemmaProcessor,
+    path: str | Path,                      # a new folder, an empty one or a model's; its parents are made
+    *, max_shard_size: int = 5 * 10**9,    # bytes of weights; more are split over several files with an index
+):
+    """Writes the published format, which transformers opens too: config, weights in the dtype they have, tokenizer.
+
+    A kill at any moment leaves the old model or the new one: see `write_folder`. Raises ValueError as that does, and
+    if the model's tensors are not those of its config."""
+    tensors = model.state_dict()
+    check_shapes(_shapes(empty_model(model.config).state_dict()), _shapes(tensors), "the model to save")
+    _check_processor(processor, model.config, "the model to save")
+    config = model.config.to_dict() | dict(dtype=str(tensors[_EMBEDDING].dtype).removeprefix("torch."))
+    write_folder(path, config, tensors, processor, max_shard_size=max_shard_size)

@@ -81,7 +81,7 @@ def as_paths(text: str) -> list[str]: # from paths joined by "\0", the one chara
 
 # %% ../nbs/15_inference.ipynb #c744010f
 FLAGS = {  # name -> (what makes a value of its text, default, explanation)
-    "model_path": (as_text, None, "folder of a PaliGemma in the published file format [the tiny one shipped here]"),
+    "model_path": (as_text, None, "folder of a checkpoint or a hub name [the tiny one shipped here]"),
     "prompt": (as_text, "caption en", 'such as "detect red circle" or "answer en what color is the star?"'),
     "image_file_path": (as_paths, [str(SAMPLE)], 'files, folders or quoted patterns like "*.png" [a sample scene]'),
     "max_tokens_to_generate": (as_count, 100, "longest answer, in tokens"),

@@ -1,23 +1,30 @@
-"Folders in and out: round trips, every key layout, shards, transformers both ways, broken files, kills while saving."
+"Folders in and out: round trips, every key layout, names on the hub, transformers both ways, broken files, kills."
 import json
 import os
 import random
 import re
 import shutil
+import stat
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
+from unittest.mock import Mock
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants, errors
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import paligemma_nb
 from paligemma_nb import checkpoint
 from paligemma_nb.checkpoint import (
-    INDEX, WEIGHTS, WeightFiles, empty_model, load_model, load_weights, published_key, read_config, save_model)
+    FLOATS, INDEX, WEIGHTS, WeightFiles, empty_model, find_folder, load_model, load_weights, published_key, read_config,
+    save_model, write_folder)
 from paligemma_nb.gemma import Gemma2Config, GemmaConfig
 from paligemma_nb.paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma_nb.processing import PaliGemmaProcessor, train_tokenizer
@@ -132,6 +139,63 @@ def test_weights_are_mapped_not_read(folder, inputs):
     assert same(load_model(folder, device="cpu")[0], model)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux for the list of mapped files")
+def test_dropped_tensor_takes_its_map_along(source):
+    def is_mapped(): return str(source/WEIGHTS) in Path("/proc/self/maps").read_text()
+    files = WeightFiles(source)
+    assert not is_mapped()
+    kept, dropped = files[EMBEDDING], files["multi_modal_projector.linear.bias"]
+    assert Path("/proc/self/maps").read_text().count(str(source/WEIGHTS)) == 2
+    del dropped
+    assert Path("/proc/self/maps").read_text().count(str(source/WEIGHTS)) == 1
+    del kept
+    assert not is_mapped()
+
+
+PEAK = """
+import re, sys, torch
+from pathlib import Path
+from paligemma_nb.checkpoint import empty_model, load_weights, read_config
+def peak(): return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+model, before = empty_model(read_config(sys.argv[1])), peak()
+load_weights(model, sys.argv[1], dtype=torch.float32)
+print(peak() - before, sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the peak of resident memory")
+@pytest.mark.parametrize("head", [False, True], ids=["no head", "tied head"])
+def test_conversion_holds_no_second_copy(processor, tmp_path, head):
+    config = PaliGemmaConfig(SiglipVisionConfig(256, 1024, 2, 4, 14, 42), GemmaConfig(1024, 4096, 6, 8, 1, 16_000, 128),
+                             image_token_index=processor.image_token_id)
+    tensors = {name: torch.ones(x.shape, dtype=torch.bfloat16) for name, x in empty_model(config).state_dict().items()}
+    if head: tensors["lm_head.weight"] = tensors[EMBEDDING].clone()
+    write_folder(tmp_path/"large", config.to_dict(), tensors, processor)
+    file, largest = (tmp_path/"large"/WEIGHTS).stat().st_size, max(x.nbytes for x in tensors.values())
+    done = subprocess.run([sys.executable, "-c", PEAK, tmp_path/"large"], capture_output=True, text=True, check=True,
+                          env=os.environ | {"PYTHONPATH": str(TINY.parents[1])})
+    peak, held = map(int, done.stdout.split())
+    assert file > 190e6 and held == 2 * sum(x.nbytes for k, x in tensors.items() if k != "lm_head.weight")
+    assert held <= peak <= held + largest + 30e6, (peak / 1e6, held / 1e6)  # the file itself is 200 MB
+
+
+def test_file_replaced_while_it_is_read(model, processor, folder):
+    files = WeightFiles(folder)
+    assert torch.equal(files[EMBEDDING], model.state_dict()[EMBEDDING])
+    save_model(make_model(processor, seed=1), processor, folder)  # every name and shape as before
+    with fails(ValueError, str(folder/WEIGHTS), "replaced while it was read"): files[EMBEDDING]
+
+
+def test_dtypes_that_may_be_stored(tmp_path):
+    tensors = dict(q=torch.ones(2, dtype=torch.int8), scale=torch.ones(2), packed=torch.ones(3, dtype=torch.uint8))
+    save_file(tensors, tmp_path/WEIGHTS)
+    files = WeightFiles(tmp_path, dtypes=FLOATS | dict(I8=torch.int8, U8=torch.uint8))
+    assert files.shapes == dict(q=(2,), scale=(2,), packed=(3,))
+    assert all(torch.equal(files[name], x) and files[name].dtype == x.dtype for name, x in tensors.items())
+    with fails(ValueError, WEIGHTS, "packed is stored as U8, expected F32, BF16, F16, F64, I8"):
+        WeightFiles(tmp_path, dtypes=FLOATS | dict(I8=torch.int8))
+
+
 def test_published_sizes_on_the_meta_device():
     for size, expected in ((224, 2_923_466_480), (448, 2_924_351_216), (896, 2_927_890_160)):
         model = empty_model(PaliGemmaConfig(SiglipVisionConfig(1152, 4304, 27, 16, 14, size),
@@ -150,7 +214,7 @@ def test_shipped_model():
 def test_needs_neither_transformers_nor_a_compiler(source):
     "Each would add seconds to the first answer. (`normal_` on the meta device imports torch's compiler.)"
     code = f"import sys; from paligemma_nb.checkpoint import load_model; load_model({str(source)!r})"
-    code += "; print({'transformers', 'torch._dynamo'} & set(sys.modules))"
+    code += "; print({'transformers', 'huggingface_hub', 'torch._dynamo'} & set(sys.modules))"
     env = os.environ | {"PYTHONPATH": str(TINY.parents[1])}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
@@ -171,15 +235,25 @@ LAYOUTS = {
 }
 
 
+def write_weights(folder, tensors, limit=10**9): # one file, or an index and shards of so many bytes
+    (folder/WEIGHTS).unlink(missing_ok=True)
+    checkpoint._write_weights(tensors, folder, limit)
+    assert (folder/INDEX).exists() == (limit < 10**9)
+
+
 @BOTH
-@pytest.mark.parametrize("head", [False, True], ids=["no head", "tied head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("limit", [10**9, 50_000], ids=["one file", "shards"])
 @pytest.mark.parametrize("rename", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_layouts(model, folder, rename, head):
-    tensors = model.state_dict()
-    if head: tensors[HEAD] = tensors[EMBEDDING].clone()
-    assert all(published_key(rename(key)) == key for key in tensors)
-    save_file({rename(key): x for key, x in tensors.items()}, folder/WEIGHTS)
-    assert same(load_model(folder, device="cpu")[0], model)
+def test_layouts(model, folder, rename, limit, dtype):
+    expected = {key: x.to(dtype) for key, x in model.state_dict().items()}
+    for tensors in (expected, expected | {HEAD: expected[EMBEDDING].clone()}):
+        assert all(published_key(rename(key)) == key for key in tensors)
+        write_weights(folder, {rename(key): x for key, x in tensors.items()}, limit)
+        loaded = load_model(folder, device="cpu")[0].state_dict()
+        assert loaded.keys() == expected.keys() and {x.dtype for x in loaded.values()} == {dtype}
+        assert all(torch.equal(x, expected[key]) for key, x in loaded.items())
+        for file in folder.glob("model*"): file.unlink()
 
 
 def test_untied_heads(model, folder):
@@ -311,34 +385,54 @@ def test_broken_shards(model, processor, tmp_path):
 
 # --- broken and foreign files
 
-def test_file_cut_short_anywhere(folder, model):
-    whole = (folder/WEIGHTS).read_bytes()
+@pytest.fixture(scope="module", params=[10**9, 50_000], ids=["one file", "shard"])
+def to_break(request, model, source, tmp_path_factory):
+    "(folder, its first file of weights); every test writes that file anew"
+    folder = Path(shutil.copytree(source, tmp_path_factory.mktemp("broken")/"model"))
+    write_weights(folder, model.state_dict(), request.param)
+    return folder, min(folder.glob("*.safetensors"))
+
+
+def test_file_cut_short_anywhere(to_break, model):
+    folder, path = to_break
+    whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
-    rng = random.Random(0)
-    for size in [0, 1, 7, 8, 9, header - 1, header, header + 1, len(whole) - 1, *rng.sample(range(len(whole)), 40)]:
-        (folder/WEIGHTS).write_bytes(whole[:size])
-        with fails(ValueError, str(folder/WEIGHTS), f"{size:,} bytes", "not a whole safetensors file"):
-            load_model(folder)
-    (folder/WEIGHTS).write_bytes(whole + b"\0")
-    with fails(ValueError, str(folder/WEIGHTS), "not a whole safetensors file"): load_model(folder)
+    rng, target = random.Random(0), empty_model(model.config)
+    sizes = [0, 1, 7, 8, 9, header - 1, header, header + 1, len(whole) - 1]
+    for size in sizes + rng.sample(range(header), 20) + rng.sample(range(len(whole)), 80):
+        path.write_bytes(whole[:size])
+        with fails(ValueError, f"{path} ({size:,} bytes) is not a whole safetensors file"): load_weights(target, folder)
+    path.write_bytes(whole + b"\0")
+    with fails(ValueError, str(path), "not a whole safetensors file"): load_weights(target, folder)
+    path.write_bytes(whole)
+    assert all(p.is_meta for p in target.parameters()) and same(load_model(folder, device="cpu")[0], model)
 
 
-def test_flipped_header_bits(folder, model):
+@pytest.mark.parametrize("rename, dtype", [
+    (LAYOUTS["A, published"], torch.float32), (LAYOUTS["B"], torch.float16), (LAYOUTS["C"], torch.bfloat16),
+    (LAYOUTS["saved by transformers 5"], torch.bfloat16)], ids=[*LAYOUTS])
+@pytest.mark.parametrize("limit", [10**9, 20_000], ids=["one file", "shard"])
+def test_flipped_header_bits(folder, model, rename, dtype, limit):
     "No flip in the header may go unnoticed, but for the text of the metadata and the order of what is alike."
-    whole = (folder/WEIGHTS).read_bytes()
+    expected = {k: x.to(dtype) for k, x in model.state_dict().items()}
+    write_weights(folder, {rename(k): x for k, x in expected.items()}, limit)
+    path = min(folder.glob("*.safetensors"))
+    whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
-    rng, noticed = random.Random(0), 0
-    for bit in [*range(8 * 8), *rng.sample(range(64, 8 * header), 200)]:
+    metadata = 8 * whole.index(b'pt"')  # two letters that nobody reads
+    rng, noticed, loaded = random.Random(0), 0, empty_model(model.config)
+    for bit in [*range(8 * 8), *range(metadata, metadata + 16), *rng.sample(range(64, 8 * header), 200)]:
         broken = bytearray(whole)
         broken[bit // 8] ^= 1 << bit % 8
-        (folder/WEIGHTS).write_bytes(broken)
-        loaded = empty_model(model.config)
+        path.write_bytes(broken)
         try: load_weights(loaded, folder)
         except ValueError as e:
-            assert str(folder/WEIGHTS) in str(e) and "\n" not in str(e)
+            assert str(path) in str(e) and "\n" not in str(e)
             noticed += 1
-        else: assert same(loaded, model), f"bit {bit}"
-    assert noticed > 250
+        else:
+            got = loaded.state_dict()
+            assert all(torch.equal(x, expected[k]) and x.dtype == dtype for k, x in got.items()), f"bit {bit}"
+    assert 240 < noticed < 280
 
 
 @pytest.mark.parametrize("content", [
@@ -368,8 +462,8 @@ def test_pickles_are_not_opened(folder):
 
 def test_no_folder(source, tmp_path):
     with fails(FileNotFoundError, f"no model folder {tmp_path/'nothing'}"): load_model(tmp_path/"nothing")
-    with fails(FileNotFoundError, "no model folder google/paligemma", "nothing is downloaded"):
-        load_model("google/paligemma-3b-pt-224")
+    for odd in ("nothing", "a/b/c", "./a/b", "a/b/", "-a/b", "a/b.git", "a--b/c", "a b/c", "a/" + 97 * "b"):
+        with fails(FileNotFoundError, f"no model folder {Path(odd)}", "hub"): load_model(odd)
     with fails(ValueError, "expected the folder", str(source/WEIGHTS)): load_model(source/WEIGHTS)
     (tmp_path/"empty").mkdir()
     with fails(FileNotFoundError, f"no config.json in {tmp_path/'empty'}"): load_model(tmp_path/"empty")
@@ -415,7 +509,197 @@ def test_sizes_that_do_not_fit_the_weights(folder):
     with fails(ValueError, str(folder/WEIGHTS), "missing 9", "language_model.model.layers.2."): load_model(folder)
 
 
+@pytest.mark.parametrize("content, words", [
+    (dict(quant_method="bitsandbytes", load_in_4bit=True), "bitsandbytes"), (dict(bits=4), "4 bits"), ({}, "unknown")])
+def test_quantised_weights_are_for_another_module(folder, model, content, words):
+    edit_json(folder/"config.json", quantization_config=content)
+    assert read_config(folder) == model.config
+    with fails(ValueError, f"{folder} holds quantised weights ({words}", "paligemma_nb.speed.open_model"):
+        load_model(folder)
+    edit_json(folder/"config.json", quantization_config=None)
+    assert same(load_model(folder, device="cpu")[0], model)
+
+
+# --- names on the hub
+
+def put_in_cache(folder, cache, name="someone/reader"):
+    "As `huggingface_hub` does it: blobs, a snapshot of links to them, and a ref that names the snapshot."
+    repo, version = cache/f"models--{name.replace('/', '--')}", 40 * "a"
+    for part in ("refs", "blobs", f"snapshots/{version}"): (repo/part).mkdir(parents=True)
+    (repo/"refs"/"main").write_text(version)
+    for i, file in enumerate(sorted(folder.iterdir())):
+        shutil.copy(file, repo/"blobs"/f"{i:040x}")
+        (repo/"snapshots"/version/file.name).symlink_to(f"../../blobs/{i:040x}")
+    return repo/"snapshots"/version
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path/"hub"))
+    return tmp_path/"hub"
+
+
+@pytest.mark.parametrize("limit", [10**9, 100_000], ids=["one file", "shards"])
+def test_name_in_the_cache(model, processor, cache, tmp_path, limit):
+    save_model(model, processor, tmp_path/"m", max_shard_size=limit)
+    snapshot = put_in_cache(tmp_path/"m", cache)
+    assert find_folder("someone/reader").samefile(snapshot)
+    assert same(load_model("someone/reader", device="cpu")[0], model)
+    for name in files(snapshot):
+        if name == "tokenizer_config.json": continue  # not read
+        target = os.readlink(snapshot/name)
+        (snapshot/name).unlink()
+        lacking = WEIGHTS if name == INDEX else name
+        with fails(FileNotFoundError, f"someone/reader lacks {lacking} in"): load_model("someone/reader")
+        (snapshot/name).symlink_to(target)
+    (snapshot/"preprocessor_config.json").rename(snapshot/"processor_config.json")  # as transformers 5 names it
+    assert same(load_model("someone/reader", device="cpu")[0], model)
+
+
+def test_folder_goes_before_name(folder, cache, tmp_path, monkeypatch):
+    put_in_cache(folder, cache)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"someone").mkdir()
+    (tmp_path/"someone"/".reader.old").mkdir()  # a save was killed between its renames
+    assert find_folder("someone/reader") == Path("someone/reader") and (tmp_path/"someone"/"reader").is_dir()
+    with fails(FileNotFoundError, "no config.json in someone/reader"): load_model("someone/reader")
+    with fails(FileNotFoundError, "no model folder someone/writer"): find_folder(Path("someone/writer"))  # no name
+
+
+def test_cache_is_asked_first(source, cache, tmp_path, monkeypatch):
+    calls, answers = [], []
+    def snapshot_download(name, *, allow_patterns, local_files_only=False, **kwargs):
+        calls.append("cache" if local_files_only else "config" if allow_patterns == "config.json" else "hub")
+        if isinstance(answer := answers.pop(0), Exception): raise answer
+        return str(answer)
+
+    def asked(*these):
+        calls.clear()
+        answers[:] = these
+        assert find_folder("some/name") == source
+        return calls
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    (tmp_path/"partial").mkdir()
+    assert asked(source) == ["cache"]
+    part = tmp_path/"partial"
+    for cached in (errors.LocalEntryNotFoundError("none"), errors.IncompleteSnapshotError("a part", str(part)), part):
+        assert asked(cached, part, source) == ["cache", "config", "hub"]
+
+
+@pytest.mark.parametrize("error, words", [
+    (errors.GatedRepoError("403\n\nCannot", response=Mock()),
+     ["some/name is gated", "https://huggingface.co/some/name", "`hf auth login`"]),
+    (errors.RepositoryNotFoundError("401\n\nRepository", response=Mock()),
+     ["no folder some/name", "spelling", "`hf auth login`"]),
+    (errors.LocalEntryNotFoundError("Got: ConnectError\nAn error"),
+     ["no folder some/name", "when online (Got: ConnectError)"]),
+    (errors.OfflineModeIsEnabled("offline mode is enabled"),
+     ["no folder some/name", "give a folder", "(offline mode is enabled)"]),
+    (errors.HfHubHTTPError("\n\n503 Busy", response=Mock()), ["could not be fetched", "503 Busy"]),
+    (errors.HTTPError("proxy"), ["when online (proxy)"]),
+    (TimeoutError("timed out"), ["when online (timed out)"]),
+    (OSError(28, "No space left on device"), ["could not be fetched", "No space left"]),
+    (RuntimeError("Data processing error"), ["could not be fetched", "Data processing error"]),
+], ids=lambda x: type(x).__name__ if isinstance(x, Exception) else "")
+def test_hub_that_says_no(monkeypatch, error, words):
+    def snapshot_download(*args, local_files_only=False, **kwargs):
+        raise errors.LocalEntryNotFoundError("not cached") if local_files_only else error
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with fails(FileNotFoundError, *words): load_model("some/name")
+
+
+@pytest.fixture
+def hub(folder):
+    "A small hub on this machine that answers like the real one. It serves owner/model; owner/gated it shows, no more."
+    for name in ("weights.bin", "vae.npz", "README.md"): (folder/name).write_text("large, and not wanted")
+    served, sha = [], 40 * "b"
+
+    class Hub(BaseHTTPRequestHandler):
+        def answer(self, content, code=200, **headers):
+            self.send_response(code)
+            for name, value in dict(headers, Content_Length=len(content)).items():
+                self.send_header(name.replace("_", "-"), str(value))
+            self.end_headers()
+            if self.command == "GET": self.wfile.write(content)
+
+        def do_GET(self):
+            path = self.path.split("?")[0]
+            if re.match(r"/api/models/owner/(model|gated)/tree/", path):
+                tree = [dict(type="file", path=p.name, size=p.stat().st_size, oid=p.name) for p in folder.iterdir()]
+                self.answer(json.dumps(tree).encode())
+            elif re.match(r"/api/models/owner/(model|gated)/", path):
+                self.answer(json.dumps(dict(id="owner/model", sha=sha, siblings=[])).encode())
+            elif path.startswith(f"/owner/model/resolve/{sha}/"):
+                file = folder/path.split("/")[-1]
+                if self.command == "GET": served.append(file.name)
+                self.answer(file.read_bytes(), ETag=f'"{file.name}"', X_Repo_Commit=sha)
+            elif path.startswith("/owner/gated/"): self.answer(b"", 401, X_Error_Code="GatedRepo")
+            else: self.answer(b"", 401, X_Error_Code="RepoNotFound")
+
+        do_HEAD = do_GET
+        def log_message(self, *args): pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield served, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+OPEN = """
+import sys
+from paligemma_nb.checkpoint import load_model
+for name in sys.argv[1:]:
+    try: print(load_model(name, device="cpu")[0].language_model.model.norm.weight.tolist())
+    except FileNotFoundError as e: print(e)
+"""
+
+
+def test_name_is_fetched_once(model, hub, tmp_path):
+    def opened(*names, **env):
+        env = os.environ | dict(PYTHONPATH=str(TINY.parents[1]), HF_HUB_CACHE=str(tmp_path/"hub"), HF_HUB_OFFLINE="0",
+                                HF_HUB_DISABLE_XET="1", HF_ENDPOINT=address, NO_PROXY="127.0.0.1") | env
+        done = subprocess.run([sys.executable, "-c", OPEN, *names], capture_output=True, text=True, env=env, check=True)
+        return *done.stdout.splitlines(), done.stderr
+
+    served, address = hub
+    weights = str(model.language_model.model.norm.weight.tolist())
+    gated, unknown, stderr = opened("owner/gated", "owner/modell")
+    assert gated == ("owner/gated is gated: accept its licence at https://huggingface.co/owner/gated, then log in with "
+                     "`hf auth login`")
+    assert unknown.startswith("no folder owner/modell, nor such a model on the hub: check the spelling")
+    assert stderr == "" and not served
+    assert opened("owner/model")[0] == weights
+    wanted = sorted(["config.json", WEIGHTS, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"])
+    assert sorted(served) == wanted
+    (tmp_path/"hub"/"models--owner--model"/"snapshots"/(40 * "b")/"tokenizer.json").unlink()
+    assert opened("owner/model")[0] == weights  # what is missing is linked again
+    assert sorted(served) == wanted
+    *lines, _ = opened("owner/model", "owner/other", HF_ENDPOINT="http://127.0.0.1:9")  # nobody is there
+    assert lines[0] == weights and lines[1].startswith("no folder owner/other, and the hub's files could not")
+
+
 # --- saving
+
+@pytest.mark.skipif(os.name == "nt", reason="about the permissions of Unix")
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077], ids=oct)
+def test_files_are_as_open_as_others(model, processor, tmp_path, mask):
+    before = os.umask(mask)
+    try: save_model(model, processor, tmp_path/"m", max_shard_size=100_000)
+    finally: os.umask(before)
+    assert len(files(tmp_path/"m")) > 6
+    assert {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path/"m").iterdir()} == {0o666 & ~mask}
+
+
+def test_write_folder_takes_any_tensors(processor, folder):
+    tensors = dict(q=torch.tensor([[-3, 4]], dtype=torch.int8), scale=torch.ones(2, dtype=torch.bfloat16))
+    write_folder(folder, dict(quantization_config=dict(bits=8)), tensors, processor)
+    assert json.loads((folder/"config.json").read_text()) == dict(quantization_config=dict(bits=8))
+    stored = load_file(folder/WEIGHTS)
+    assert stored.keys() == tensors.keys() and all(torch.equal(stored[k], x) for k, x in tensors.items())
+    assert PaliGemmaProcessor.from_pretrained(folder).image_size == 42 and files(folder.parent) == ["model"]
+
 
 def test_save_replaces_the_model_and_nothing_else(model, processor, folder):
     (folder/"README.md").write_text("card")

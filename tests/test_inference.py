@@ -645,6 +645,37 @@ def test_bad_weights(fails, folder, content):
     fails("--model_path", folder, says=["model.safetensors", "not a whole safetensors file"])
 
 
+def test_flipped_bit_in_the_header(fails, folder):
+    path = folder/"model.safetensors"
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(b"norm.weight")] ^= 1
+    path.write_bytes(whole)
+    fails("--model_path", folder, says=[str(path), "missing 1"])
+
+
+def test_bad_shards(fails, source, tmp_path):
+    save_model(*load_model(source, device="cpu"), tmp_path/"shards", max_shard_size=50_000)
+    first, *_, last = sorted((tmp_path/"shards").glob("*.safetensors"))
+    save_file(load_file(last) | {"foreign.weight": torch.ones(3)}, last)
+    fails("--model_path", tmp_path/"shards", says=[str(last), "surplus 1 (foreign.weight)"])
+    first.unlink()
+    fails("--model_path", tmp_path/"shards", says=["missing weights", str(first)])
+
+
+def test_quantised_weights(fails, folder):
+    config = json.loads((folder/"config.json").read_text())
+    (folder/"config.json").write_text(json.dumps(config | dict(quantization_config=dict(quant_method="gptq"))))
+    fails("--model_path", folder, says=[str(folder), "quantised weights (gptq)", "paligemma_nb.speed.open_model"])
+
+
+def test_name_that_is_not_in_the_cache(tmp_path):
+    cache = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path/"hub")}
+    done = process("--model_path", "google/paligemma-3b-mix-224", env=cache)
+    line, = done.stderr.decode().splitlines()
+    assert done.returncode == 2 and done.stdout == b"" and line.startswith("error: no folder google/paligemma-3b-mix-224")
+    assert "give a folder or try again when online" in line
+
+
 def test_tensors_that_do_not_fit(fails, folder):
     path, norm = folder/"model.safetensors", "language_model.model.norm.weight"
     tensors = load_file(path)
