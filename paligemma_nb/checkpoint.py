@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'INDEX', 'FLOATS', 'published_key', 'check_shapes', 'empty_model', 'read_config', 'WeightFiles',
-           'load_weights', 'find_folder', 'load_model', 'write_folder', 'save_model']
+           'load_weights', 'find_folder', 'check_processor', 'read_quantization', 'load_model', 'write_folder',
+           'save_model']
 
 # %% ../nbs/09_checkpoint.ipynb #dc067b94
 import json
@@ -265,7 +266,8 @@ def _as_device(device):
         raise ValueError(f"device {str(device)!r} cannot be used on this machine: {_first_line(e)}") from None
 
 
-def _check_processor(processor, config, source):
+def check_processor(processor: PaliGemmaProcessor, config: PaliGemmaConfig, source: str | Path): # named in the message
+    "Pictures, `<image>` and vocabulary must be those of the model, or a ValueError says which are not."
     for name, got, expected in (
         ("picture size", processor.image_size, config.vision_config.image_size),
         ("number of tokens for a picture", processor.num_image_tokens, config.vision_config.num_image_tokens),
@@ -277,10 +279,8 @@ def _check_processor(processor, config, source):
         raise ValueError(f"{source}: the tokenizer has {processor.vocab_size} tokens, the embedding {rows} rows")
 
 # %% ../nbs/09_checkpoint.ipynb #5b8f1c14
-def _check_not_quantised(folder):
-    if not isinstance(config := _read_json(folder / "config.json").get("quantization_config"), dict): return
-    method = config.get("quant_method") or f"{config.get('bits', 'unknown')} bits"
-    raise ValueError(f"{folder} holds quantised weights ({method}): open it with paligemma_nb.speed.open_model")
+def read_quantization(folder: Path) -> dict | None: # the quantization_config of its config.json
+    return _read_json(folder / "config.json").get("quantization_config")
 
 
 def load_model(
@@ -295,12 +295,13 @@ def load_model(
     device, dtype = _as_device(device), None if dtype is None else _as_dtype(dtype)
     folder = find_folder(model_path)
     config = read_config(folder)
-    _check_not_quantised(folder)
+    if read_quantization(folder) is not None:
+        raise ValueError(f"{folder} holds quantised weights: open it with paligemma_nb.speed.open_model")
     try: model = empty_model(config)
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as e:  # sizes that no model can have
         raise ValueError(f"{folder / 'config.json'}: {_first_line(e)}") from None
     processor = PaliGemmaProcessor.from_pretrained(folder)
-    _check_processor(processor, config, folder)
+    check_processor(processor, config, folder)
     load_weights(model, folder, device=device, dtype=dtype)
     return model.eval(), processor
 
@@ -393,6 +394,6 @@ def save_model(
     if the model's tensors are not those of its config."""
     tensors = model.state_dict()
     check_shapes(_shapes(empty_model(model.config).state_dict()), _shapes(tensors), "the model to save")
-    _check_processor(processor, model.config, "the model to save")
+    check_processor(processor, model.config, "the model to save")
     config = model.config.to_dict() | dict(dtype=str(tensors[_EMBEDDING].dtype).removeprefix("torch."))
     write_folder(path, config, tensors, processor, max_shard_size=max_shard_size)
