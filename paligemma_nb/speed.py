@@ -133,7 +133,9 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: # [..., in] -> [..., out]
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) <= FEW: out = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        if len(rows) <= FEW and rows.shape[1] % 64 == 0:
+            # other widths and other addresses can crash torch 2.13's kernel in bfloat16
+            out = torch._weight_int8pack_mm(rows.clone() if rows.data_ptr() % 64 else rows, self.weight, self.scale)
         else:
             out, step = rows.new_empty(len(rows), len(self.weight)), max(1, 2**25 // rows.shape[1])
             for i in range(0, len(self.weight), step):
@@ -299,7 +301,7 @@ def _load_quantized(folder, settings):
     check_processor(processor, config, folder)
     files, expected = WeightFiles(folder, FLOATS | dict(I8=torch.int8, U8=torch.uint8)), model.state_dict()
     check_shapes({name: tuple(x.shape) for name, x in expected.items()}, files.shapes, files.path)
-    tensors = {name: files[name] for name in expected}
+    tensors = {name: files[name].clone() for name in expected}  # a map begins anywhere, but kernels want aligned rows
     for name, x in expected.items():
         if x.dtype.is_floating_point != tensors[name].dtype.is_floating_point:
             raise ValueError(f"{files.path}: {name} is stored as {tensors[name].dtype}, expected {x.dtype}")
@@ -317,14 +319,14 @@ def open_model(
     weights: str | None = None,                   # "int8" or "int4": rounded after loading; None: as they are stored
 ) -> tuple[PaliGemmaForConditionalGeneration, PaliGemmaProcessor]: # for inference, see `pack`
     """`load_model` for whoever wants answers: the weights are packed where `can_pack` says so.
-    Raises what `load_model` and `quantize` raise; ValueError where a folder's quantised weights are not those asked for."""
+    Raises what `load_model` and `quantize` raise; ValueError where a folder's quantised weights are not those asked."""
     folder = find_folder(model_path)
     settings = read_quantization(folder)
     if settings is None:
         model, processor = load_model(folder, device="cpu" if weights and device is None else device, dtype=dtype)
         return pack(quantize(model, weights) if weights else model), processor
     if dtype is not None or str(device or "cpu") != "cpu":
-        raise ValueError(f"{folder} holds quantised weights: they run on the CPU, in the dtype that they were saved with")
+        raise ValueError(f"{folder} holds quantised weights: they run on the CPU, in the dtype they were saved with")
     model, processor = _load_quantized(folder, settings)
     if weights not in (None, weights_of(model)):
         raise ValueError(f"{folder} holds {weights_of(model)} weights, not {weights}")
