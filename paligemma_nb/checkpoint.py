@@ -82,6 +82,7 @@ def _first_line(error): return str(error).strip().split("\n")[0]
 
 
 def _read_json(path):
+    if not path.is_file(): raise FileNotFoundError(f"no {path.name} in {path.parent}")
     try: content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e: raise ValueError(f"{path} is not JSON: {e}") from None
     if not isinstance(content, dict): raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
@@ -92,7 +93,6 @@ def read_config(
     folder: str | Path, # holds config.json
 ) -> PaliGemmaConfig: # raises FileNotFoundError without the file, ValueError if it is broken or another model's
     path = Path(folder) / "config.json"
-    if not path.is_file(): raise FileNotFoundError(f"no config.json in {folder}")
     content = _read_json(path)
     try: return PaliGemmaConfig.from_dict(content)
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as e: raise ValueError(f"{path}: {e}") from None

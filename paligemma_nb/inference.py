@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLE', 'FLAGS', 'as_count', 'as_number', 'as_temperature', 'as_top_p', 'as_bool', 'as_text', 'as_device',
-           'as_format', 'as_paths', 'help_text', 'parse_flags', 'read_objects', 'as_table', 'asks_for_objects',
+           'as_choice', 'as_paths', 'help_text', 'parse_flags', 'read_objects', 'as_table', 'asks_for_objects',
            'as_words', 'as_json', 'save_drawing', 'find_pictures', 'plan_drawings', 'Job', 'open_picture', 'prepare',
            'before_objects', 'print_stream', 'answer_batch', 'answer_pictures', 'main']
 
@@ -71,9 +71,13 @@ def as_device(text: str) -> str:
     raise ValueError(f"expected cpu, cuda, cuda:1 or mps, got {text!r}")
 
 # %% ../nbs/17_inference.ipynb #e189be38
-def as_format(text: str) -> str:
-    if text in ("text", "json"): return text
-    raise ValueError(f"expected text or json, got {text!r}")
+def as_choice(
+    *words: str, # two or more
+): # -> a function from text to one of the words
+    def convert(text: str) -> str:
+        if text in words: return text
+        raise ValueError(f"expected {', '.join(words[:-1])} or {words[-1]}, got {text!r}")
+    return convert
 
 
 def as_paths(text: str) -> list[str]: # from paths joined by "\0", the one character that no path can hold
@@ -90,8 +94,10 @@ FLAGS = {  # name -> (what makes a value of its text, default, explanation)
     "do_sample": (as_bool, False, "draw tokens by chance; without it the likeliest is taken"),
     "only_cpu": (as_bool, False, "use the CPU even if there is a GPU"),
     "device": (as_device, None, "cpu, cuda, cuda:1 or mps [cuda if there is one, else cpu]"),
+    "dtype": (as_choice("float32", "bfloat16", "float16"), None, "what the model computes in [as stored]"),
+    "quantize": (as_choice("int8", "int4"), None, "round the weights: smaller, and faster on a CPU [no]"),
     "output_image": (as_text, None, "file for the picture with its boxes and masks drawn in [none]"),
-    "output_format": (as_format, "text", "text, or json: for each picture a line that holds one object"),
+    "output_format": (as_choice("text", "json"), "text", "json: for each picture a line that holds one object"),
     "batch_size": (as_count, 8, "of several pictures, so many are answered at a time"),
 }
 
@@ -103,8 +109,8 @@ def help_text() -> str:
     return "\n".join([usage, "", _ABOUT, "", "Flags [and what holds without them]:", *lines, "", _SEVERAL])
 
 
-_ABOUT = """Answers a prompt about a picture with PaliGemma. Prints the device, then the answer as it comes; objects
-that it points at are a table: label, corners in pixels and, with --do_sample, the probability."""
+_ABOUT = """Answers a prompt about a picture with PaliGemma. Prints device and weights, then the answer as it comes;
+objects that it points at are a table: label, corners in pixels and, with --do_sample, the probability."""
 _SEVERAL = """Several pictures (files, a folder, a pattern) are answered in batches, each under its name. A bad one is
 reported, and the others go on. --output_image is then a folder, made if it is missing, for NAME.png of each picture.
 Without an object in the answer nothing is drawn in, but the picture is still written.
@@ -285,9 +291,10 @@ def prepare(values: dict) -> Job: # from `parse_flags`
         if values["output_image"]: targets = plan_drawings(values["output_image"], paths, alone)
     except ValueError as error: raise ValueError(f"--output_image: {error}") from None
     from PIL import Image
-    from paligemma_nb.checkpoint import load_model
     from paligemma_nb.generation import generate_tokens
-    model, processor = load_model(values["model_path"], device="cpu" if values["only_cpu"] else values["device"])
+    from paligemma_nb.speed import open_model
+    model, processor = open_model(values["model_path"], device="cpu" if values["only_cpu"] else values["device"],
+                                  dtype=values["dtype"], weights=values["quantize"])
     inputs = processor(Image.new("RGB", (1, 1)), values["prompt"])  # can prompt and answer be served at all?
     generate_tokens(model, inputs, max_new_tokens=values["max_tokens_to_generate"])
     return Job(values, paths, targets, image, model, processor, _open_vae(values["model_path"]))
@@ -378,7 +385,9 @@ def _run(argv):
         print(help_text(), flush=True)
         return 0
     words = values["output_format"] == "text"  # else nothing but JSON belongs on stdout
-    print(f"device: {next(job.model.parameters()).device}", file=sys.stdout if words else sys.stderr, flush=True)
+    from paligemma_nb.speed import weights_of
+    device = next(job.model.parameters()).device
+    print(f"device: {device}, weights: {weights_of(job.model)}", file=sys.stdout if words else sys.stderr, flush=True)
     failed = answer_pictures(job)
     if failed == len(job.paths): return 2
     if words and values["output_image"]: print(f"written: {values['output_image']}", flush=True)

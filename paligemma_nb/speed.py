@@ -111,6 +111,11 @@ FEW = 16  # rows up to which the kernels for small weights win over unpacking th
 _thread = threading.local()
 
 
+def _rows(x): # [..., in] -> [m, in], at an address that torch 2.13's int8 kernel can take: at others it crashes
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return rows.clone() if rows.data_ptr() % 64 else rows
+
+
 def _scratch(rows, columns, dtype):
     "Memory to unpack weights into, one for each thread: to get fresh memory each time would cost more than to fill it."
     buffer, size = getattr(_thread, "buffer", None), rows * columns
@@ -132,10 +137,9 @@ class Int8Linear(nn.Module):
         return (rows.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
     def forward(self, x: Tensor) -> Tensor: # [..., in] -> [..., out]
-        rows = x.reshape(-1, x.shape[-1])
-        if len(rows) <= FEW and rows.shape[1] % 64 == 0:
-            # other widths and other addresses can crash torch 2.13's kernel in bfloat16
-            out = torch._weight_int8pack_mm(rows.clone() if rows.data_ptr() % 64 else rows, self.weight, self.scale)
+        rows = _rows(x)
+        if len(rows) <= FEW and rows.shape[1] % 64 == 0:  # other widths crash it, too
+            out = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
             out, step = rows.new_empty(len(rows), len(self.weight)), max(1, 2**25 // rows.shape[1])
             for i in range(0, len(self.weight), step):
@@ -167,10 +171,13 @@ def unpack_int4(packed: Tensor) -> Tensor: # the inverse
 # %% ../nbs/16_speed.ipynb #b8
 @cache
 def int4_rows() -> int | None: # in a block that this processor's kernel reads (64: AVX-512, 32: AVX2); None: others
-    probe = torch.arange(64 * 64, dtype=torch.int32).view(64, 64) * 7 % 16
-    try: packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(probe, 1).flatten()
-    except (AttributeError, RuntimeError, NotImplementedError): return None
-    return next((rows for rows in (64, 32) if torch.equal(packed, pack_int4(probe.byte(), rows).flatten())), None)
+    numbers = torch.randint(16, (64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    scale_zero = torch.tensor([1.0, 8.0]).expand(1, 64, 2).contiguous()
+    for rows in (64, 32):
+        packed = pack_int4(numbers, rows).view(64, 32)
+        try: product = torch.ops.aten._weight_int4pack_mm_for_cpu(torch.eye(64), packed, 64, scale_zero)
+        except (AttributeError, RuntimeError, NotImplementedError): return None
+        if torch.equal(product, numbers.T.float()): return rows
 
 # %% ../nbs/16_speed.ipynb #b9
 class Int4Linear(nn.Module):
@@ -204,7 +211,7 @@ class Int4Linear(nn.Module):
     def fits(weight: Tensor, group_size: int) -> bool: return weight.shape[0] % 64 == weight.shape[1] % group_size == 0
 
     def forward(self, x: Tensor) -> Tensor: # [..., in] -> [..., out]
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _rows(x)
         if len(rows) <= FEW and int4_rows() == self.block_rows:
             packed = self.weight.view(-1, rows.shape[1] // 2)  # [out, in / 2]
             out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, self.group_size, self.scale_zero)

@@ -509,12 +509,11 @@ def test_sizes_that_do_not_fit_the_weights(folder):
     with fails(ValueError, str(folder/WEIGHTS), "missing 9", "language_model.model.layers.2."): load_model(folder)
 
 
-@pytest.mark.parametrize("content, words", [
-    (dict(quant_method="bitsandbytes", load_in_4bit=True), "bitsandbytes"), (dict(bits=4), "4 bits"), ({}, "unknown")])
-def test_quantised_weights_are_for_another_module(folder, model, content, words):
+@pytest.mark.parametrize("content", [dict(quant_method="bitsandbytes", load_in_4bit=True), dict(bits=4), {}])
+def test_quantised_weights_are_for_another_module(folder, model, content):
     edit_json(folder/"config.json", quantization_config=content)
     assert read_config(folder) == model.config
-    with fails(ValueError, f"{folder} holds quantised weights ({words}", "paligemma_nb.speed.open_model"):
+    with fails(ValueError, f"{folder} holds quantised weights", "paligemma_nb.speed.open_model"):
         load_model(folder)
     edit_json(folder/"config.json", quantization_config=None)
     assert same(load_model(folder, device="cpu")[0], model)

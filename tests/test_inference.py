@@ -83,7 +83,7 @@ def process(*flags, env={}, stdout=subprocess.PIPE, **kwargs):
 def test_shipped_model_describes_the_sample():
     done = process("--only_cpu")
     assert done.returncode == 0 and done.stderr == b""
-    assert done.stdout.decode() == f"device: cpu\n{SCENE.caption}\n"
+    assert done.stdout.decode() == f"device: cpu, weights: float32\n{SCENE.caption}\n"
 
 
 def test_sample_is_a_held_out_scene():
@@ -98,7 +98,7 @@ def test_answer_is_generate(command, source, tmp_path):
                              "--max_tokens_to_generate=7", "--only_cpu")
     model, processor = load_model(source, device="cpu")
     ids = generate(model, processor(Image.open(picture), "caption en"), max_new_tokens=7)
-    assert (code, err) == (0, "") and out == f"device: cpu\n{processor.decode(ids)[0]}\n"
+    assert (code, err) == (0, "") and out == f"device: cpu, weights: float32\n{processor.decode(ids)[0]}\n"
 
 
 def test_sampling(command, source):
@@ -110,7 +110,7 @@ def test_sampling(command, source):
 def test_as_a_process(source):
     "One run of the real thing, on a terminal that knows ASCII alone."
     done = process("--model_path", source, "--only_cpu", "--do_sample", "--top_p=1", env={"PYTHONIOENCODING": "ascii"}, cwd=source)
-    assert (done.returncode, done.stderr) == (0, b"") and done.stdout.startswith(b"device: cpu\n")
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout.startswith(b"device: cpu, weights: float32\n")
     done = process("--model_path", source.parent)
     assert (done.returncode, done.stdout) == (2, b"") and done.stderr.count(b"\n") == 1 and b"config.json" in done.stderr
 
@@ -130,7 +130,7 @@ def test_interrupt_is_quiet(command, monkeypatch):
         yield "a "
         pressed()
     monkeypatch.setattr(generation, "stream", late)
-    assert command("--only_cpu") == (130, "device: cpu\na ", "")
+    assert command("--only_cpu") == (130, "device: cpu, weights: float32\na ", "")
     monkeypatch.setattr(inference, "prepare", pressed)
     assert command() == (130, "", "")
 
@@ -164,7 +164,7 @@ def test_detect_prints_a_table_and_draws(command, tmp_path):
     code, out, err = command("--only_cpu", "--prompt=detect red circle", "--output_image", tmp_path/"drawn.png")
     device, table, written = re.fullmatch(r"(.*?)\n(.*)\n(.*)\n", out, re.DOTALL).groups()
     head, (label, *box) = rows(table)
-    assert (code, err, device, written) == (0, "", "device: cpu", f"written: {tmp_path/'drawn.png'}")
+    assert (code, err, device, written) == (0, "", "device: cpu, weights: float32", f"written: {tmp_path/'drawn.png'}")
     assert (head, label) == (["label", "x1", "y1", "x2", "y2"], "red circle")
     assert box_iou([[int(x) for x in box]], [CIRCLE.box])[0, 0] > .8
     answer = command("--only_cpu", "--prompt=detect red circle", "--output_format=json")[1]
@@ -257,19 +257,19 @@ def test_stream_shows_all_before_the_first_loc(pieces):
 ])
 def test_objects_in_a_streamed_answer(command, monkeypatch, answer, shows):
     monkeypatch.setattr(generation, "stream", lambda *args, **kwargs: iter(answer))
-    assert command("--only_cpu") == (0, "device: cpu\n" + shows, "")
+    assert command("--only_cpu") == (0, "device: cpu, weights: float32\n" + shows, "")
 
 
 def test_nothing_found(command):
-    assert command("--only_cpu", "--prompt=detect pink ring") == (0, "device: cpu\nnothing found\n", "")
+    assert command("--only_cpu", "--prompt=detect pink ring") == (0, "device: cpu, weights: float32\nnothing found\n", "")
     code, out, err = command("--only_cpu", "--prompt=detect pink ring", "--output_format=json")
-    assert (code, err) == (0, "device: cpu\n") and json.loads(out) == dict(
+    assert (code, err) == (0, "device: cpu, weights: float32\n") and json.loads(out) == dict(
         image=str(SAMPLE), prompt="detect pink ring", answer="", objects=[])
 
 
 def test_json_of_a_caption(command):
     code, out, err = command("--only_cpu", "--output_format", "json", "--prompt=caption en")
-    assert (code, err, out.count("\n")) == (0, "device: cpu\n", 1)
+    assert (code, err, out.count("\n")) == (0, "device: cpu, weights: float32\n", 1)
     assert json.loads(out) == dict(image=str(SAMPLE), prompt="caption en", answer=SCENE.caption, objects=[])
 
 
@@ -282,7 +282,7 @@ def test_scores_when_sampling(command):
     assert len(ids[0]) == 7 and ids[0, -1] == processor.eos_token_id  # four places, two words, the end
     score = answer_probs(model, inputs, ids)[0, :6].log().mean().exp().item()
     assert 0 < score < 1 and found["score"] == pytest.approx(score, abs=1e-4)
-    head, row = rows(command(*flags)[1].removeprefix("device: cpu\n"))
+    head, row = rows(command(*flags)[1].removeprefix("device: cpu, weights: float32\n"))
     assert head[-1] == "score" and row[-1] == f"{score:.2f}"
 
 
@@ -308,7 +308,7 @@ def test_formats(command, tmp_path, name):
 
 def test_a_caption_leaves_the_picture_as_it_is(command, tmp_path):
     assert command("--only_cpu", "--output_image", tmp_path/"drawn.png") == (
-        0, f"device: cpu\n{SCENE.caption}\nwritten: {tmp_path/'drawn.png'}\n", "")
+        0, f"device: cpu, weights: float32\n{SCENE.caption}\nwritten: {tmp_path/'drawn.png'}\n", "")
     assert np.array_equal(pixels(tmp_path/"drawn.png"), SCENE.pixels)
 
 
@@ -420,7 +420,7 @@ def test_no_room_for_the_drawing(command, monkeypatch, tmp_path):
     def full(path, image, objects): raise ValueError(f"{path} cannot be written: No space left on device")
     monkeypatch.setattr(inference, "save_drawing", full)
     code, out, err = command("--only_cpu", "--output_image", tmp_path/"drawn.png")
-    assert code == 2 and out == f"device: cpu\n{SCENE.caption}\n" and err.startswith("error: ") and err.count("\n") == 1
+    assert code == 2 and out == f"device: cpu, weights: float32\n{SCENE.caption}\n" and err.startswith("error: ") and err.count("\n") == 1
 
 
 # --- several pictures
@@ -461,7 +461,7 @@ def test_folder_in_order_with_a_bad_picture(command, album, size):
     model, processor = load_model(device="cpu")
     names = "a.jpg", "b.webp", "c.png", "d.png", "e[1].png"
     answers = [processor.decode(generate(model, processor(open_image(album/name), "caption en")))[0] for name in names]
-    assert out == "device: cpu\n" + "".join(f"{album/name}: {answer}\n" for name, answer in zip(names, answers))
+    assert out == "device: cpu, weights: float32\n" + "".join(f"{album/name}: {answer}\n" for name, answer in zip(names, answers))
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and "f.png" in err
 
 
@@ -472,7 +472,7 @@ def test_several_tables_records_and_drawings(command, album, tmp_path):
     assert sorted(p.name for p in (tmp_path/"drawn").iterdir()) == ["d.png", "sample.png"]
     code, out, err = command(*flags, "--output_format=json", "--output_image", tmp_path/"drawn")
     records = [json.loads(line) for line in out.splitlines()]
-    assert (code, err) == (0, "device: cpu\n") and [r["image"] for r in records] == [str(album/"d.png"), str(SAMPLE)]
+    assert (code, err) == (0, "device: cpu, weights: float32\n") and [r["image"] for r in records] == [str(album/"d.png"), str(SAMPLE)]
     assert np.array_equal(pixels(tmp_path/"drawn"/"sample.png"),
                           np.asarray(draw_detections(SCENE.image, parse_boxes(records[1]["answer"], (112, 112)))))
 
@@ -480,10 +480,10 @@ def test_several_tables_records_and_drawings(command, album, tmp_path):
 def test_exit_codes_of_several(command, tmp_path):
     (tmp_path/"bad.png").write_bytes(b"")
     code, out, err = command("--only_cpu", "--image_file_path", tmp_path/"bad.png", tmp_path/"none.png", "--output_image", tmp_path/"drawn")
-    assert (code, out) == (2, "device: cpu\n") and [line[:7] for line in err.splitlines()] == ["error: "] * 2
+    assert (code, out) == (2, "device: cpu, weights: float32\n") and [line[:7] for line in err.splitlines()] == ["error: "] * 2
     assert not (tmp_path/"drawn").exists()
     code, out, err = command("--only_cpu", "--image_file_path", tmp_path/"none.png", SAMPLE)
-    assert (code, out) == (1, f"device: cpu\n{SAMPLE}: {SCENE.caption}\n") and "no such picture" in err
+    assert (code, out) == (1, f"device: cpu, weights: float32\n{SAMPLE}: {SCENE.caption}\n") and "no such picture" in err
 
 
 def test_progress_is_for_terminals(command, monkeypatch):
@@ -506,7 +506,8 @@ def test_help_names_every_flag_and_waits_for_nothing():
 def test_defaults():
     assert parse_flags([]) == dict(
         model_path=None, prompt="caption en", image_file_path=[str(SAMPLE)], max_tokens_to_generate=100, temperature=.8,
-        top_p=.9, do_sample=False, only_cpu=False, device=None, output_image=None, output_format="text", batch_size=8)
+        top_p=.9, do_sample=False, only_cpu=False, device=None, dtype=None, quantize=None,
+        output_image=None, output_format="text", batch_size=8)
 
 
 @pytest.mark.parametrize("argv, name, value", [
@@ -567,6 +568,8 @@ def test_flags(argv, name, value):
     (["--image_file_path=a.png", "b.png"], ["unexpected argument 'b.png'"]),
     (["--image_file_path", "a.png", "--prompt", "x", "b.png"], ["unexpected argument 'b.png'"]),
     (["--output_format=xml"], ["--output_format: expected text or json, got 'xml'"]),
+    (["--quantize=int2"], ["--quantize: expected int8 or int4, got 'int2'"]),
+    (["--dtype=int8"], ["--dtype: expected float32, bfloat16 or float16, got 'int8'"]),
     (["--output_image="], ["--output_image: expected some text"]),
     (["--output_image"], ["--output_image needs a value"]),
     (["--batch_size=0"], ["--batch_size: expected a whole number of at least 1, got '0'"]),
@@ -665,7 +668,7 @@ def test_bad_shards(fails, source, tmp_path):
 def test_quantised_weights(fails, folder):
     config = json.loads((folder/"config.json").read_text())
     (folder/"config.json").write_text(json.dumps(config | dict(quantization_config=dict(quant_method="gptq"))))
-    fails("--model_path", folder, says=[str(folder), "quantised weights (gptq)", "paligemma_nb.speed.open_model"])
+    fails("--model_path", folder, says=[str(folder/"config.json"), "expected a quantization_config", "'gptq'"])
 
 
 def test_name_that_is_not_in_the_cache(tmp_path):

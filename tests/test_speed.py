@@ -1,0 +1,324 @@
+"Packed and quantised weights: the same products, the same answers, and folders that open without the original."
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from paligemma_nb import inference, speed
+from paligemma_nb.checkpoint import WEIGHTS, empty_model, load_model, save_model
+from paligemma_nb.generation import generate
+from paligemma_nb.kv_cache import KVCache
+from paligemma_nb.paligemma import PaliGemmaForConditionalGeneration
+from paligemma_nb.scenes import HELD_OUT, make_scene
+from paligemma_nb.speed import (FEW, Int4Linear, Int8Embedding, Int8Linear, PackedLinear, can_pack, open_model, pack,
+                                pack_int4, quantize, save_quantized, unpack_int4, weights_of)
+from test_parity import CASES, batch
+
+ROOT = Path(__file__).resolve().parents[1]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # of a product, to its largest entry
+packs = pytest.mark.skipif(not can_pack(torch.zeros(1, 1, dtype=torch.bfloat16)), reason="no bfloat16 kernels here")
+
+
+@pytest.fixture(scope="module")
+def scenes(): return [make_scene(HELD_OUT + i).image for i in range(12)]
+
+
+def relative(got, expected): return ((got.float() - expected).abs().max() / expected.abs().max()).item()
+
+
+def dense8(linear): return linear.weight.float() * linear.scale.float()[:, None]
+
+
+def dense4(linear): # [out, in]
+    scale, zero = (x.T.float()[..., None] for x in linear.scale_zero.unbind(-1))
+    return ((unpack_int4(linear.weight).float() - 8).unflatten(1, (-1, linear.group_size)) * scale + zero).flatten(1)
+
+
+# --- one matrix
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("outputs, inputs", [(192, 256), (61, 64), (130, 200), (1, 36)])
+def test_int8_is_near_and_its_products_are_exact(dtype, outputs, inputs):
+    torch.manual_seed(0)
+    weight = torch.randn(outputs, inputs).to(dtype)
+    weight[0] *= 100  # a loud row must not spoil the others
+    linear = Int8Linear(weight)
+    assert linear.weight.dtype == torch.int8 and linear.scale.dtype == dtype
+    steps = (dense8(linear) - weight.float()).abs() / linear.scale.float()[:, None]
+    assert steps.max() < (.51 if dtype != torch.bfloat16 else .76)  # half, and the scale's rounding
+    for shape in ((1,), (FEW,), (FEW + 1,), (2, 3), (3, 1, 20)):
+        x = torch.randn(*shape, inputs).to(dtype)
+        assert relative(linear(x), x.float() @ dense8(linear).T) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
+@pytest.mark.parametrize("rows", [32, 64])
+def test_int4_is_near_and_its_products_are_exact(dtype, group_size, rows):
+    torch.manual_seed(0)
+    weight = torch.randn(1152, 512).to(dtype) + 1  # more than one block of 1024, and not around 0
+    linear = Int4Linear(weight, group_size, rows)
+    assert (linear.group_size, linear.block_rows, linear.weight.dtype) == (group_size, rows, torch.uint8)
+    step = linear.scale_zero[..., 0].T.float().repeat_interleave(group_size, dim=1)
+    assert ((dense4(linear) - weight.float()).abs() / step).max() < (.51 if dtype != torch.bfloat16 else .6)
+    for shape in ((1,), (FEW,), (FEW + 1,), (3, 1, 20)):
+        x = torch.randn(*shape, 512).to(dtype)
+        assert relative(linear(x), x.float() @ dense4(linear).T) < TOLERANCE[dtype]
+    before = dense4(linear)
+    linear.block_by(96 - rows)
+    assert linear.block_rows == 96 - rows and torch.equal(dense4(linear), before)
+
+
+def test_rows_of_one_value_stay_finite():
+    for constant in (0., 2.):
+        weight = torch.full((64, 64), constant, dtype=torch.bfloat16)
+        assert (dense4(Int4Linear(weight)) - constant).abs().max() < .02
+        assert (dense8(Int8Linear(weight)) - constant).abs().max() < .02
+
+
+@pytest.mark.parametrize("rows", [2, 32, 64])
+def test_int4_blocks(rows):
+    numbers = torch.randint(16, (128, 6), dtype=torch.uint8)
+    packed = pack_int4(numbers, rows)
+    assert packed.shape == (128 // rows, 6, rows // 2) and torch.equal(unpack_int4(packed), numbers)
+    assert packed[1 if rows < 128 else 0, 3, 0] == numbers[rows, 3] + 16 * numbers[rows + rows // 2, 3]
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_other_processors(capability):
+    "torch takes the kernels of an older processor if it is told to: layouts and products must fit those, too."
+    code = """import torch; from paligemma_nb.speed import *
+torch.manual_seed(0); w, x = torch.randn(192, 128), torch.randn(3, 128)
+for rows in {32, 64, int4_rows() or 64}:
+    linear = Int4Linear(w, 64, rows)
+    torch.testing.assert_close(linear(x), linear.unpacked_product(x), rtol=1e-4, atol=1e-4)
+linear = Int8Linear(w)
+torch.testing.assert_close(linear(x), x @ (linear.weight * linear.scale[:, None]).T, rtol=1e-4, atol=1e-4)"""
+    env = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+
+
+def test_rows_anywhere_in_memory():
+    "An address that is no multiple of 64 crashes torch 2.13's int8 kernel, and with it the process."
+    code = ("import torch; from paligemma_nb.speed import Int8Linear; torch.manual_seed(0)\n"
+            "for n, k in ((1587, 192), (128, 192), (130, 200)):\n"
+            "    l, base = Int8Linear(torch.randn(n, k).bfloat16()), torch.randn(4, k + 9).bfloat16()\n"
+            "    for i in range(9): assert torch.equal(l(base[:, i:i + k]), l(base[:, i:i + k].clone()))\n"
+            "    for i in range(9): assert torch.equal(l(base.flatten()[i:i + k]), l(base.flatten()[i:i + k].clone()))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, (done.returncode, done.stderr)
+
+
+# --- whole models
+
+@pytest.fixture(scope="module", params=["two KV heads, dtype bfloat16", "Gemma 2"])
+def shapes(request):
+    "Both generations, with sides that the four-bit kernel can take and some that it cannot."
+    case = next(c for name, c in CASES.items() if ("Gemma 2" in name) == (request.param == "Gemma 2"))
+    text = replace(case.config.text_config, hidden_size=64, intermediate_size=128, head_dim=32)
+    return case, replace(case.config, text_config=text)
+
+
+def random_model(config, dtype):
+    torch.manual_seed(0)
+    model = PaliGemmaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for p in model.parameters(): p.normal_(0, .1)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_few_rows_and_many_agree(shapes, weights):
+    "A cached step takes the kernel, a prefill unpacks: both must be the same model."
+    case, config = shapes
+    model = quantize(random_model(config, torch.float32), weights)
+    assert weights_of(model) == weights
+    inputs = batch(case)
+    text, (rows, t) = config.text_config, inputs["input_ids"].shape
+    with torch.no_grad():
+        whole = model(**inputs).logits
+        cache = KVCache(text.num_hidden_layers, rows, text.num_key_value_heads, t, text.head_dim)
+        first = {name: x if name == "pixel_values" else x[:, :-5] for name, x in inputs.items()}
+        steps = [model(**first, kv_cache=cache, logits_to_keep=1).logits]
+        for i in range(t - 5, t - 1):
+            mask = inputs["attention_mask"][:, :i + 1]
+            steps.append(model(inputs["input_ids"][:, i:i + 1], attention_mask=mask, kv_cache=cache).logits)
+    assert relative(torch.cat(steps, dim=1), whole[:, -6:-1]) < 1e-5
+
+
+def test_what_is_rounded(shapes):
+    _, config = shapes
+    model = quantize(random_model(config, torch.bfloat16), "int4")
+    decoder = model.language_model.model
+    kinds = {type(m) for m in decoder.layers.modules() if not list(m.children()) and hasattr(m, "weight")}
+    assert not any(isinstance(m, nn.Linear) for m in decoder.modules())
+    assert {Int4Linear} <= kinds and isinstance(decoder.embed_tokens, Int8Embedding)
+    for part in (model.vision_tower, model.multi_modal_projector):
+        assert not any(isinstance(m, (Int8Linear, Int4Linear)) for m in part.modules())
+    assert not any(p.requires_grad for p in model.parameters())
+    sizes = {weights: sum(x.nbytes for x in quantize(empty_model(config), weights).state_dict().values())
+             for weights in ("int8", "int4")}
+    assert sizes["int4"] < sizes["int8"] < sum(x.nbytes for x in empty_model(config).state_dict().values())
+
+
+@packs
+def test_packed_model_gives_the_same_logits(shapes):
+    case, config = shapes
+    model, inputs = random_model(config, torch.bfloat16), batch(case)
+    exact = random_model(config, torch.bfloat16).float()
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected, plain = exact(**inputs).logits[real], model(**inputs).logits[real]
+        got = pack(model)(**inputs).logits[real]
+    assert weights_of(model) == "bfloat16, packed"
+    assert any(isinstance(m, PackedLinear) for m in model.modules()) and not any(
+        type(m) is nn.Linear for m in model.modules())
+    assert relative(got, expected) < 1.5 * relative(plain, expected) + 1e-3  # rounding, no more than without
+
+
+@packs
+def test_packed_answers(scenes):
+    model, processor = load_model(device="cpu", dtype="bfloat16")
+    inputs = processor(scenes, ["caption en"] * len(scenes))
+    expected = generate(model, inputs)
+    got = generate(pack(model), inputs)
+    same = [a == b for a, b in zip(processor.decode(got), processor.decode(expected))]
+    assert sum(same) >= len(same) - 1  # two tokens that are nearly as likely may change places
+
+
+def test_nothing_is_packed_where_it_does_not_pay():
+    model, _ = open_model(device="cpu")
+    assert weights_of(model) == "float32" and not any(isinstance(m, PackedLinear) for m in model.modules())
+
+
+def test_quality_on_the_shipped_model(scenes):
+    "Rounding costs something, eight bits less than four: measured on true captions of scenes that it never saw."
+    captions = [make_scene(HELD_OUT + i).caption for i in range(len(scenes))]
+    model, processor = load_model(device="cpu")
+    inputs = processor(scenes, ["caption en"] * len(scenes), suffix=captions)
+    labels, divergence = inputs.pop("labels"), {}
+    def log_probs(model): # of the tokens that follow each other in the captions
+        with torch.no_grad(): return model(**inputs).logits[:, :-1][labels[:, 1:] != -100].log_softmax(dim=-1)
+    expected = log_probs(model)
+    for weights in ("int8", "int4"):
+        got = log_probs(open_model(device="cpu", weights=weights)[0])
+        divergence[weights] = nn.functional.kl_div(got, expected, log_target=True, reduction="batchmean").item()
+    assert 0 < divergence["int8"] < .2 * divergence["int4"] < .1, divergence
+
+
+# --- folders
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weights, group_size", [("int8", 64), ("int4", 32), ("int4", 64)])
+def test_saved_and_opened_again(tmp_path, scenes, dtype, weights, group_size):
+    model, processor = load_model(device="cpu", dtype=dtype)
+    save_quantized(quantize(model, weights, group_size), processor, tmp_path/"small")
+    opened, its_processor = open_model(tmp_path/"small")
+    assert weights_of(opened) == weights
+    for name, x in opened.state_dict().items():  # what is packed is no parameter any more
+        assert torch.equal(x, model.state_dict()[name])
+    inputs = processor(scenes[:3], ["caption en"] * 3)
+    got, expected = its_processor.decode(generate(opened, inputs)), processor.decode(generate(model, inputs))
+    assert got == expected or dtype == "bfloat16" and sum(map(str.__eq__, got, expected)) >= 2
+    assert open_model(tmp_path/"small", weights=weights)
+    full = sum(x.nbytes for x in load_model(device="cpu", dtype=dtype)[0].state_dict().values())
+    assert (tmp_path/"small"/WEIGHTS).stat().st_size < full
+
+
+@pytest.fixture
+def small(tmp_path):
+    model, processor = load_model(device="cpu")
+    save_quantized(quantize(model, "int4", 64, rows=32), processor, tmp_path/"small")
+    return tmp_path/"small"
+
+
+def test_a_folder_from_another_kind_of_processor(small, scenes):
+    model, processor = open_model(small)
+    original = quantize(load_model(device="cpu")[0], "int4")
+    inputs = processor(scenes[:2], ["caption en"] * 2)
+    assert torch.equal(generate(model, inputs), generate(original, inputs))
+    assert json.loads((small/"config.json").read_text())["quantization_config"]["rows"] == 32
+
+
+def refused(f, *words, error=ValueError):
+    with pytest.raises(error) as info: f()
+    assert all(str(word) in str(info.value) for word in words) and "\n" not in str(info.value), str(info.value)
+
+
+def edit(path, **changes): path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_what_is_refused(small, tmp_path):
+    model, processor = load_model(device="cpu")
+    for weights in ("int2", "", None): refused(lambda: quantize(model, weights), "'int8' or 'int4'", repr(weights))
+    for size in (0, 16, 48): refused(lambda: quantize(model, "int4", size), "32, 64, 128 or 256", size)
+    assert weights_of(model) == "float32"  # a refusal changes nothing
+    refused(lambda: save_quantized(model, processor, tmp_path/"x"), "as `quantize` leaves it", "float32")
+    quantize(model, "int8")
+    for weights in ("int8", "int4"): refused(lambda: quantize(model, weights), "weights are int8 already")
+    refused(lambda: save_model(model, processor, tmp_path/"x"), "the model to save")
+    refused(lambda: load_model(small), small, "paligemma_nb.speed.open_model")
+    refused(lambda: open_model(small, weights="int8"), small, "holds int4 weights, not int8")
+    refused(lambda: open_model(small, dtype="float32"), small, "in the dtype")
+    refused(lambda: open_model(small, device="meta"), small, "on the CPU")
+    refused(lambda: open_model(small, weights="int3"), small, "int3")
+    assert not (tmp_path/"x").exists()
+
+
+@packs
+def test_packed_weights_are_not_saved(tmp_path):
+    model, processor = open_model(device="cpu", dtype="bfloat16", weights="int8")
+    refused(lambda: save_quantized(model, processor, tmp_path/"x"), "as `quantize` leaves it")
+    assert not (tmp_path/"x").exists()
+
+
+@pytest.mark.parametrize("settings", [
+    dict(quant_method="gptq", bits=4), {}, [], "int4", dict(quant_method="paligemma_nb"),
+    dict(quant_method="paligemma_nb", weights="int3"),
+    dict(quant_method="paligemma_nb", weights="int4", group_size="64"),
+    dict(quant_method="paligemma_nb", weights="int4", rows=7)])
+def test_settings_that_make_no_sense(small, settings):
+    edit(small/"config.json", quantization_config=settings)
+    refused(lambda: open_model(small), small/"config.json", "quantization_config")
+
+
+def test_settings_that_do_not_fit_the_file(small):
+    edit(small/"config.json", quantization_config=dict(quant_method="paligemma_nb", weights="int8"))
+    refused(lambda: open_model(small), small/WEIGHTS, "surplus")
+    edit(small/"config.json", quantization_config=dict(quant_method="paligemma_nb", weights="int4", group_size=32))
+    refused(lambda: open_model(small), small/WEIGHTS, "expected [")
+    whole = (small/WEIGHTS).read_bytes()
+    for size in (0, 7, 1000, len(whole) // 2, len(whole) - 1):
+        (small/WEIGHTS).write_bytes(whole[:size])
+        refused(lambda: open_model(small), small/WEIGHTS)
+
+
+def test_both_commands(tmp_path, capsys):
+    tiny = Path(speed.__file__).parent/"tiny"
+    command = [sys.executable, "-m", "paligemma_nb.speed", "quantize", str(tiny)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    def run(*arguments):
+        return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=env)
+    done = run(tmp_path/"small", "--weights", "int8")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"written: {tmp_path/'small'}\n", "")
+    for wrong in (["--weights=int2"], ["--group_size=5"], ["--bits=4"]):
+        done = run(tmp_path/"x", *wrong)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path/"x").exists()
+    for flags in (["--quantize=int8"], [f"--model_path={tmp_path/'small'}"]):
+        assert inference.main([*flags, "--only_cpu"]) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith("device: cpu, weights: int8\n") and len(out.splitlines()) == 2 and err == ""
+    assert inference.main(["--dtype=bfloat16", "--only_cpu"]) == 0
+    assert capsys.readouterr().out.startswith("device: cpu, weights: bfloat16")
+    for flag in ("--quantize=int4", "--dtype=float32"):
+        assert inference.main([flag, f"--model_path={tmp_path/'small'}", "--only_cpu"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
