@@ -1,8 +1,11 @@
-"""This package and transformers side by side: time to the first token, time for each further token, training, memory.
+"""This package and transformers side by side: opening, first token, further tokens, training, memory.
 
     python bench/compare_transformers.py                      # the shipped model and a middle size, 2 threads
-    python bench/compare_transformers.py --size tiny --repeats 15 --output_file result.json
+    python bench/compare_transformers.py --size 3b --output_file result.json
+    python bench/compare_transformers.py --size tiny --repeats 15
 
+Sizes: tiny (shipped), middle (0.3 B), 3b (PaliGemma) and 3b2 (PaliGemma 2). The last two are full size, with random
+weights that transformers writes to a temporary folder (6 GB); all of it takes half an hour on two cores.
 Both open the same folder and do the same work in turns (ours, theirs, ours, …), so that a busy machine slows both;
 medians are compared. Ratios above 1 mean that this package is faster or smaller.
 """
@@ -19,17 +22,25 @@ from statistics import median
 
 import torch
 
-SIZES = ("tiny", "middle")
+SIZES = ("tiny", "middle", "3b", "3b2")
+WAYS = ("as stored", "packed", "int8", "int4")  # in which a full-size model is opened here
 
 
-def middle_model():
+# --- models
+
+def wide_processor():
+    from paligemma_nb.processing import PaliGemmaProcessor
+    from paligemma_nb.training import tiny_processor
+    return PaliGemmaProcessor(tiny_processor().tokenizer, image_size=224, num_image_tokens=256)
+
+
+def write_middle(folder):
     "About 300 M parameters with random weights, between the shipped model and the published ones."
+    from paligemma_nb.checkpoint import save_model
     from paligemma_nb.gemma import GemmaConfig
     from paligemma_nb.paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
-    from paligemma_nb.processing import PaliGemmaProcessor
     from paligemma_nb.siglip import SiglipVisionConfig
-    from paligemma_nb.training import tiny_processor
-    processor = PaliGemmaProcessor(tiny_processor().tokenizer, image_size=224, num_image_tokens=256)
+    processor = wide_processor()
     vision = SiglipVisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
                                 patch_size=14, image_size=224)
     text = GemmaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=8,
@@ -37,82 +48,131 @@ def middle_model():
     torch.manual_seed(0)
     model = PaliGemmaForConditionalGeneration(PaliGemmaConfig(vision, text, image_token_index=processor.image_token_id))
     for p in model.parameters(): torch.nn.init.normal_(p, std=0.02)
-    return model.bfloat16(), processor
+    save_model(model.bfloat16(), processor, folder)
 
 
-def open_ours(folder, dtype):
+def write_full_size(size, folder, num_layers=None):
+    "The published sizes; written by transformers, so that nothing of ours has touched the file."
+    from transformers import PaliGemmaConfig as TheirConfig, PaliGemmaForConditionalGeneration as Theirs
+    from paligemma_nb.gemma import Gemma2Config, GemmaConfig
+    from paligemma_nb.paligemma import PaliGemmaConfig
+    from paligemma_nb.siglip import SiglipVisionConfig
+    processor = wide_processor()
+    text = (GemmaConfig(2048, 16384, num_layers or 18, 8, 1, 257_216) if size == "3b" else
+            Gemma2Config(2304, 9216, num_layers or 26, 8, 4, 257_216))
+    config = PaliGemmaConfig(SiglipVisionConfig(1152, 4304, 27, 16, patch_size=14), text, processor.image_token_id)
+    torch.manual_seed(0)
+    with torch.device("meta"): model = Theirs(TheirConfig(**config.to_dict())).bfloat16()
+    model.to_empty(device="cpu")
+    for name, p in model.named_parameters():
+        # vectors that are 1 or 0 in a fresh model are not in a trained one
+        scale = "vision" in name and name.endswith("weight") and p.ndim == 1
+        torch.nn.init.normal_(p, mean=float(scale), std=0.02)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def open_ours(folder, dtype=None, way="as stored"):
     from paligemma_nb.checkpoint import load_model
-    from paligemma_nb.generation import generate
-    model, processor = load_model(folder, device="cpu", dtype=dtype)
+    from paligemma_nb.speed import open_model
+    if way == "as stored": model, processor = load_model(folder, device="cpu", dtype=dtype)
+    else: model, processor = open_model(folder, device="cpu", dtype=dtype)
     model.config.eos_token_id = -1  # every answer takes the full number of tokens
-    return model, processor, lambda inputs, n: generate(model, inputs, max_new_tokens=n)
+    return model, processor
 
 
 def open_theirs(folder, dtype):
-    from transformers import PaliGemmaForConditionalGeneration
+    from transformers import PaliGemmaForConditionalGeneration, logging
+    logging.set_verbosity_error(), logging.disable_progress_bar()
     model = PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     model.generation_config.eos_token_id = None
-    return model, lambda inputs, n: model.generate(**inputs, max_new_tokens=n, min_new_tokens=n, do_sample=False)
+    return model
 
 
-def in_turns(functions, repeats):
-    "Median seconds of each function; every round runs them all."
-    for f in functions: f()
-    seconds = [[] for _ in functions]
-    for _ in range(repeats):
-        for f, record in zip(functions, seconds):
+# --- work: each function returns the moments at which its tokens were known
+
+def our_moments(model, inputs, n):
+    from paligemma_nb.generation import generate_tokens
+    return [(time.perf_counter(), new)[0] for new in generate_tokens(model, inputs, max_new_tokens=n)]
+
+
+def their_moments(model, inputs, n):
+    from transformers import StoppingCriteriaList
+    moments = []
+
+    def note(ids, scores, **kwargs):
+        moments.append(time.perf_counter())
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    model.generate(**inputs, max_new_tokens=n, min_new_tokens=n, do_sample=False,
+                   stopping_criteria=StoppingCriteriaList([note]))
+    return moments
+
+
+def in_turns(ours, theirs, repeats):
+    "Median milliseconds (ours, theirs) until the first moment, and between two; every round runs both."
+    first, further = [[], []], [[], []]
+    for i in range(repeats + 1):
+        for side, work in enumerate((ours, theirs)):
             start = time.perf_counter()
-            f()
-            record.append(time.perf_counter() - start)
-    return [median(record) for record in seconds]
+            moments = work()
+            if i == 0: continue  # the first round warms up
+            first[side].append(1e3 * (moments[0] - start))
+            further[side] += [1e3 * (b - a) for a, b in zip(moments, moments[1:])]
+    return list(map(median, first)), [median(times) if times else None for times in further]
 
 
-def generation_rows(folder, dtype, repeats, new_tokens=32):
+def make_inputs(processor, rows=1):
     from paligemma_nb.scenes import HELD_OUT, make_scene
-    model, processor, ours = open_ours(folder, dtype)
-    reference, theirs = open_theirs(folder, dtype)
-    inputs = processor([make_scene(HELD_OUT).image], ["caption en"])
-    if not torch.equal(ours(inputs, 4), theirs(inputs, 4)[:, inputs["input_ids"].shape[1]:]):
-        print(f"note: in {dtype} the two choose different tokens here; the work is the same")
-    first = in_turns([lambda: ours(inputs, 1), lambda: theirs(inputs, 1)], repeats)
-    whole = in_turns([lambda: ours(inputs, new_tokens), lambda: theirs(inputs, new_tokens)], repeats)
-    rest = [(w - f) / (new_tokens - 1) for w, f in zip(whole, first)]
-    return {"first token (ms)": [1e3 * t for t in first], "each further token (ms)": [1e3 * t for t in rest]}
+    return processor([make_scene(HELD_OUT + i).image for i in range(rows)], ["caption en"] * rows)
+
+
+def generation_rows(ours, theirs, processor, repeats, new_tokens=32, rows=1):
+    inputs = make_inputs(processor, rows)
+    first, further = in_turns(lambda: our_moments(ours, inputs, new_tokens),
+                              lambda: their_moments(theirs, inputs, new_tokens), repeats)
+    return {"first token (ms)": first, "each further token (ms)": further}
 
 
 def training_row(folder, repeats, rows=64):
     "One forward and backward pass over the same batch, every row with its own picture."
     from paligemma_nb.training import Recipe, batch_loss, make_batch, training_precision
-    model, processor, _ = open_ours(folder, "float32")
-    reference, _ = open_theirs(folder, "float32")
+    (model, processor), reference = open_ours(folder, "float32"), open_theirs(folder, "float32")
     batch = make_batch(processor, Recipe(scenes_per_step=rows, prompts_per_scene=1, single_object_steps=0), step=0)
 
     def ours():
         with training_precision("cpu"): batch_loss(model, batch).backward()
         model.zero_grad()
+        return [time.perf_counter()]
 
     def theirs():
         with torch.autocast("cpu", torch.bfloat16): reference(**batch).loss.backward()
         reference.zero_grad()
+        return [time.perf_counter()]
 
-    return {f"training step of {rows} rows (ms)": [1e3 * t for t in in_turns([ours, theirs], repeats)]}
-
-
-def memory_row(folder, dtype):
-    "Peak resident memory of a fresh process that loads the model and writes 8 tokens."
-    peaks = []
-    for side in ("ours", "theirs"):
-        command = [sys.executable, __file__, "--memory_of", side, "--folder", str(folder), "--dtype", dtype]
-        peaks.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]))
-    return {"peak memory (MB)": peaks}
+    return {f"training step of {rows} rows (ms)": in_turns(ours, theirs, repeats)[0]}
 
 
-def memory_of(side, folder, dtype):
-    from paligemma_nb.scenes import make_scene
-    from paligemma_nb.processing import PaliGemmaProcessor
-    run = open_ours(folder, dtype)[-1] if side == "ours" else open_theirs(folder, dtype)[-1]
-    run(PaliGemmaProcessor.from_pretrained(folder)([make_scene(0).image], ["caption en"]), 8)
-    print(peak_bytes() / 1e6)
+# --- processes of their own
+
+def process(*arguments): # -> what `alone` prints
+    command = [sys.executable, __file__, *map(str, arguments)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def alone(side, folder, dtype, new_tokens):
+    "Opens the model in this process and writes an answer: seconds until both are done, and the peak of memory."
+    if side == "theirs": import transformers  # noqa: F401 (what is timed is the opening, not the import)
+    else: import paligemma_nb.speed  # noqa: F401
+    start = time.perf_counter()
+    if side == "theirs":
+        from paligemma_nb.processing import PaliGemmaProcessor
+        model, processor, work = open_theirs(folder, dtype), PaliGemmaProcessor.from_pretrained(folder), their_moments
+    else: (model, processor), work = open_ours(folder, None, side), our_moments
+    ready = time.perf_counter()
+    last = work(model, make_inputs(processor), new_tokens)[-1]
+    print(json.dumps(dict(ready=ready - start, total=last - start, peak=peak_bytes() / 1e6)))
 
 
 def peak_bytes():
@@ -121,35 +181,97 @@ def peak_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def alone_rows(folders, dtype, repeats, new_tokens):
+    "Opening, opening with an answer, and memory of each way, in turns with theirs."
+    rows = {}
+    for way, folder in folders.items():
+        pairs = [[process("--alone", side, "--folder", folders["as stored"] if side == "theirs" else folder,
+                          "--dtype", dtype, "--new_tokens", new_tokens) for side in (way, "theirs")]
+                 for _ in range(repeats)]
+        for key, what in (("ready", "open (s)"), ("total", f"open and write {new_tokens} tokens (s)"),
+                          ("peak", "peak memory (MB)")):
+            rows[way, what] = [median(pair[side][key] for pair in pairs) for side in (0, 1)]
+    return rows
+
+
+def start_up_row(repeats):
+    "From the command to the end of a one-token answer of the shipped model; transformers has no such command."
+    command = [sys.executable, "-m", "paligemma_nb.inference", "--only_cpu", "--max_tokens_to_generate=1"]
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        subprocess.run(command, capture_output=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    return median(seconds)
+
+
+# --- one size after the other
+
+def small_rows(name, temporary, repeats):
+    import paligemma_nb
+    if name == "tiny": folder, dtype = Path(paligemma_nb.__file__).parent / "tiny", "float32"
+    else:
+        folder, dtype = Path(temporary) / name, "bfloat16"
+        write_middle(folder)
+    (model, processor), theirs = open_ours(folder, dtype), open_theirs(folder, dtype)
+    rows = generation_rows(model, theirs, processor, repeats)
+    rows["peak memory (MB)"] = [process("--alone", side, "--folder", folder, "--dtype", dtype, "--new_tokens", 8)["peak"]
+                                for side in ("as stored", "theirs")]
+    if name == "tiny": rows |= training_row(folder, repeats)
+    return {("as stored", what): values for what, values in rows.items()}
+
+
+def full_rows(name, folder, temporary, repeats):
+    from paligemma_nb.checkpoint import load_model
+    from paligemma_nb.speed import pack, quantize, save_quantized
+    if folder is None:
+        folder = Path(temporary) / name
+        write_full_size(name, folder)
+    theirs, rows, folders = open_theirs(folder, "bfloat16"), {}, dict.fromkeys(WAYS[:2], folder)
+    for way in WAYS:
+        model, processor = open_ours(folder)
+        if way.startswith("int"):
+            folders[way] = Path(temporary) / way
+            save_quantized(quantize(model, way), processor, folders[way])
+        if way != "as stored": pack(model)
+        found = generation_rows(model, theirs, processor, repeats, new_tokens=9)
+        rows |= {(way, what): values for what, values in found.items()}
+        if way == "packed":
+            found = generation_rows(model, theirs, processor, 1, new_tokens=9, rows=8)
+            rows[way, "each further token of 8 rows (ms)"] = found["each further token (ms)"]
+        del model
+    del theirs
+    return rows | alone_rows(folders, "bfloat16", max(1, repeats // 2), new_tokens=64)
+
+
 def compare(
-    size: str = "all",         # tiny, middle or all
+    size: str = "small",       # tiny, middle, 3b, 3b2, or small: the first two
     repeats: int = 9,          # rounds; medians are taken
     threads: int = 2,
     output_file: str = "",     # also write the figures here, as JSON
-    memory_of: str = "", folder: str = "", dtype: str = "",  # used by this script to start itself
+    folder: str = "",          # of a full-size checkpoint that is there already
+    alone: str = "", dtype: str = "", new_tokens: int = 8,  # used by this script to start itself
 ):
     torch.set_num_threads(threads)
-    if memory_of: return globals()["memory_of"](memory_of, folder, dtype)
-    if size not in (*SIZES, "all"): sys.exit(f"--size: expected tiny, middle or all, got {size}")
-    import paligemma_nb
+    if alone: return globals()["alone"](alone, folder, dtype, new_tokens)
+    if size not in (*SIZES, "small"): sys.exit(f"--size: expected small, {', '.join(SIZES)}, got {size}")
     import transformers
-    from paligemma_nb.checkpoint import save_model
     from paligemma_nb.training import machine
-    results = dict(machine=machine(), transformers=transformers.__version__, load=os.getloadavg(), repeats=repeats, rows=[])
-    for name in SIZES if size == "all" else [size]:
+    results = dict(machine=machine(), transformers=transformers.__version__, load=os.getloadavg(), repeats=repeats,
+                   rows=[])
+    for name in SIZES[:2] if size == "small" else [size]:
         with tempfile.TemporaryDirectory() as temporary:
-            if name == "tiny": path, dtype = Path(paligemma_nb.__file__).parent / "tiny", "float32"
-            else:
-                path, dtype = Path(temporary) / name, "bfloat16"
-                save_model(*middle_model(), path)
-            rows = generation_rows(path, dtype, repeats) | memory_row(path, dtype)
-            if name == "tiny": rows |= training_row(path, repeats)
-        results["rows"] += [dict(model=f"{name}, {dtype}", what=what, ours=ours, transformers=theirs, ratio=theirs / ours)
-                            for what, (ours, theirs) in rows.items()]
-    print(f"{results['machine']}, transformers {results['transformers']}, load {results['load'][0]:.1f}\n")
-    print("| model | what | ours | transformers | ratio |\n|---|---|---|---|---|")
-    for r in results["rows"]: print(f"| {r['model']} | {r['what']} | {r['ours']:.1f} | {r['transformers']:.1f} | {r['ratio']:.2f} |")
-    if output_file: Path(output_file).write_text(json.dumps(results, indent=2))
+            if name in SIZES[:2]: rows = small_rows(name, temporary, repeats)
+            else: rows = full_rows(name, folder or None, temporary, repeats)
+        results["rows"] += [dict(model=name, weights=way, what=what, ours=ours, transformers=theirs, ratio=theirs / ours)
+                            for (way, what), (ours, theirs) in rows.items()]
+    results["start-up of the shipped model (s)"] = start_up_row(repeats)
+    if output_file: Path(output_file).write_text(json.dumps(results, indent=2) + "\n")
+    print(f"{results['machine']}, transformers {results['transformers']}, load {results['load'][0]:.1f}; "
+          f"start-up of the shipped model {results['start-up of the shipped model (s)']:.1f} s\n")
+    print("| model | our weights | what | ours | transformers | ratio |\n|---|---|---|---|---|---|")
+    for r in results["rows"]:
+        print(f"| {r['model']} | {r['weights']} | {r['what']} | {r['ours']:.1f} | {r['transformers']:.1f} | {r['ratio']:.2f} |")
 
 
 if __name__ == "__main__":
