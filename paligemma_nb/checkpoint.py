@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'INDEX', 'FLOATS', 'published_key', 'check_shapes', 'empty_model', 'read_config', 'WeightFiles',
-           'load_weights', 'find_folder', 'check_processor', 'read_quantization', 'load_model', 'write_folder',
-           'save_model']
+           'load_weights', 'find_folder', 'float_dtype', 'usable_device', 'check_processor', 'read_quantization',
+           'load_model', 'check_target', 'write_folder', 'save_model']
 
 # %% ../nbs/09_checkpoint.ipynb #dc067b94
 import json
@@ -250,13 +250,13 @@ def find_folder(
     raise FileNotFoundError(f"no model folder {folder} (a name on the hub is owner/name)")
 
 # %% ../nbs/09_checkpoint.ipynb #0c293420
-def _as_dtype(dtype):
+def float_dtype(dtype: torch.dtype | str) -> torch.dtype: # raises ValueError for others than FLOATS
     dtypes = {str(d).removeprefix("torch."): d for d in FLOATS.values()}
     if (name := str(dtype).removeprefix("torch.")) in dtypes: return dtypes[name]
     raise ValueError(f"unknown dtype {dtype!r}: expected {', '.join(dtypes)}")
 
 
-def _as_device(device):
+def usable_device(device: torch.device | str | None) -> torch.device: # None: CUDA or else the CPU; or ValueError
     if device is None: return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(device)
@@ -292,7 +292,7 @@ def load_model(
 
     Raises FileNotFoundError where a file is missing (see `find_folder` for names); ValueError where one is broken,
     does not fit the others or holds quantised weights, and for a device or dtype that cannot be had."""
-    device, dtype = _as_device(device), None if dtype is None else _as_dtype(dtype)
+    device, dtype = usable_device(device), None if dtype is None else float_dtype(dtype)
     folder = find_folder(model_path)
     config = read_config(folder)
     if read_quantization(folder) is not None:
@@ -344,7 +344,7 @@ def _write_weights(tensors, folder, max_shard_size):
         weight_map={name: file for file, shard in zip(files, shards) for name in shard}))
 
 # %% ../nbs/09_checkpoint.ipynb #ff96fd9c
-def _check_target(path):
+def check_target(path: Path): # raises ValueError for a file and for a folder of something else than a model
     if path.exists() and not path.is_dir(): raise ValueError(f"expected a folder to save to, got a file: {path}")
     if path.exists() and any(path.iterdir()) and not (path / "config.json").is_file():
         raise ValueError(f"{path} holds something else than a model: expected a new folder, an empty one or a model's")
@@ -363,7 +363,7 @@ def write_folder(
     card, a log) stay. Raises ValueError if `path` is a file or holds other things than a model."""
     path = Path(path).resolve()
     _recover(path)
-    _check_target(path)
+    check_target(path)
     new, old = _new_and_old(path)
     shutil.rmtree(new, ignore_errors=True)  # what a kill may have left
     try:
