@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEW', 'can_pack', 'PackedLinear', 'PackedGemmaMLP', 'PackedSiglipMLP', 'PackedEmbedding', 'pack', 'Int8Linear',
-           'Int8Embedding', 'pack_int4', 'unpack_int4', 'int4_rows', 'Int4Linear', 'quantize', 'weights_of',
-           'save_quantized', 'open_model', 'write_quantized', 'main']
+           'Int8Embedding', 'pack_int4', 'unpack_int4', 'int4_rows', 'Int4Linear', 'Int4Embedding', 'InPlaceGemmaMLP',
+           'quantize', 'weights_of', 'save_quantized', 'open_model', 'write_quantized', 'main']
 
 # %% ../nbs/16_speed.ipynb #b0
 import sys
@@ -93,7 +93,7 @@ def _replace(module, swap):
 
 
 def _packed(module):
-    if isinstance(module, GemmaMLP) and isinstance(module.gate_proj, nn.Linear): return PackedGemmaMLP(module)
+    if isinstance(module, GemmaMLP): return PackedGemmaMLP(module)
     if isinstance(module, SiglipMLP): return PackedSiglipMLP(module)
     if isinstance(module, GemmaEmbedding): return PackedEmbedding(module)
     if isinstance(module, nn.Linear): return PackedLinear(module.weight, module.bias)
@@ -188,14 +188,18 @@ class Int4Linear(nn.Module):
         rows: int = 64,        # in a block of `pack_int4`
     ):
         super().__init__()
-        groups = weight.detach().float().unflatten(1, (-1, group_size))
+        blocks = [self.round(part, group_size) for part in weight.detach().split(4096)]
+        self.register_buffer("weight", torch.cat([pack_int4(numbers, rows) for numbers, _ in blocks]))
+        self.register_buffer("scale_zero", torch.cat([scale_zero for _, scale_zero in blocks], dim=1))
+
+    @staticmethod
+    def round(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]: # uint8 [n, in]; [in / group_size, n, 2]
+        groups = weight.float().unflatten(1, (-1, group_size))
         low, high = groups.aminmax(dim=-1)
         scale = ((high - low) / 15).clamp_min(torch.finfo(weight.dtype).tiny).to(weight.dtype).float()
         numbers = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15).byte().flatten(1)
-        self.register_buffer("weight", pack_int4(numbers, rows))
         # the kernel takes 8 off each number; so the zero point is the value that 8 stands for
-        self.register_buffer("scale_zero", torch.stack((scale, low + 8 * scale), dim=-1).transpose(0, 1).to(
-            weight.dtype).contiguous())  # [in / group_size, out, 2]
+        return numbers, torch.stack((scale, low + 8 * scale), dim=-1).transpose(0, 1).to(weight.dtype).contiguous()
 
     @property
     def group_size(self) -> int: return self.weight.shape[1] // len(self.scale_zero)
@@ -222,9 +226,10 @@ class Int4Linear(nn.Module):
         scale, zero = (x[:, None].contiguous() for x in self.scale_zero.unbind(-1))  # [in / group_size, 1, out]
         offset = torch.sub(zero, scale, alpha=8)
         out = rows.new_empty(len(rows), scale.shape[-1])
-        # 1024 outputs at a time: their weights, which are unpacked transposed, stay in the processor's cache
-        for block, scale, offset, part in zip(self.weight.split(1024 // self.block_rows),
-                                              *(x.split(1024, dim=-1) for x in (scale, offset, out))):
+        # a few outputs at a time, so that their weights, which are unpacked transposed, stay in the processor's cache
+        step = min(max(2**21 // rows.shape[1] // 64 * 64, 256), 1024)
+        for block, scale, offset, part in zip(self.weight.split(step // self.block_rows),
+                                              *(x.split(step, dim=-1) for x in (scale, offset, out))):
             weight = _scratch(rows.shape[1], part.shape[1], rows.dtype)
             tiles = weight.view(len(weight), -1, 2, self.block_rows // 2).transpose(0, 1)  # [blocks, in, 2, rows / 2]
             for half, numbers in enumerate((block & 15, block >> 4)):
@@ -234,18 +239,42 @@ class Int4Linear(nn.Module):
             torch.mm(rows, weight, out=part)
         return out
 
+
+class Int4Embedding(Int4Linear):
+    "`GemmaEmbedding` in four bits."
+    attend = Int4Linear.forward
+
+    def forward(self, ids: Tensor) -> Tensor: # [...] -> [..., c]
+        half = self.block_rows // 2
+        bytes_ = self.weight[ids // self.block_rows, :, ids % half]  # [..., c], each with another row's bits beside
+        numbers = (bytes_ >> (4 * (ids % self.block_rows >= half))[..., None]) & 15
+        scale, zero = self.scale_zero.transpose(0, 1)[ids].unbind(-1)  # [..., c / group_size]
+        groups = (numbers.to(scale.dtype) - 8).unflatten(-1, (-1, self.group_size))
+        return (groups * scale[..., None] + zero[..., None]).flatten(-2)
+
 # %% ../nbs/16_speed.ipynb #b10
+class InPlaceGemmaMLP(nn.Module):
+    "`GemmaMLP` that writes over what it has read: for a tall input, to get fresh memory costs more than the product."
+    def __init__(self, mlp: GemmaMLP):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    def forward(self, x: Tensor) -> Tensor: # both [b, t, c]
+        gate = torch.ops.aten.gelu_(self.gate_proj(x), approximate="tanh")
+        return self.down_proj(gate.mul_(self.up_proj(x)))
+
+# %% ../nbs/16_speed.ipynb #b11
 def quantize(
     model: PaliGemmaForConditionalGeneration, # on the CPU or the meta device; changed in place
     weights: str,            # "int8" or "int4"
     group_size: int = 64,    # of int4: 32, 64, 128 or 256 neighbours share a scale; fewer are more exact and larger
     rows: int | None = None, # in a block of int4; None: what this processor's kernel reads
 ) -> PaliGemmaForConditionalGeneration: # the same, for inference only
-    """Rounds the decoder's matrices; the embedding, which is also the output head, gets eight bits in either case.
+    """Rounds the decoder's matrices and the embedding, which is also the output head.
 
     The vision tower and the projector stay as they are: they run once for a picture, so their bytes cost little time.
-    A matrix of int4 whose sides are no multiples of 64 and `group_size` gets eight bits. Raises ValueError for other
-    settings, a model on another device and one that is quantised or packed already."""
+    A matrix that is to have four bits, but whose sides are no multiples of 64 and `group_size`, gets eight. Raises
+    ValueError for other settings, a model on another device and one that is quantised or packed already."""
     if weights not in ("int8", "int4"): raise ValueError(f"weights: expected 'int8' or 'int4', got {weights!r}")
     if group_size not in (32, 64, 128, 256):
         raise ValueError(f"group_size: expected 32, 64, 128 or 256, got {group_size}")
@@ -253,27 +282,27 @@ def quantize(
     if text.norm.weight.device.type not in ("cpu", "meta"):
         raise ValueError(f"int8 and int4 weights run on the CPU; this model is on {text.norm.weight.device}")
     if not isinstance(text.embed_tokens, GemmaEmbedding): raise ValueError(f"weights are {weights_of(model)} already")
-    rows = rows or int4_rows() or 64
+
+    def small(weight, in_four, in_eight):
+        if weights == "int8" or not Int4Linear.fits(weight, group_size): return in_eight(weight)
+        return in_four(weight, group_size, rows or int4_rows() or 64)
 
     def swap(module):
-        if not isinstance(module, nn.Linear): return None
-        if weights == "int4" and Int4Linear.fits(module.weight, group_size):
-            return Int4Linear(module.weight, group_size, rows)
-        return Int8Linear(module.weight)
+        if isinstance(module, nn.Linear): return small(module.weight, Int4Linear, Int8Linear)
 
-    model.requires_grad_(False)
-    _replace(text.layers, swap)
-    text.embed_tokens = Int8Embedding(text.embed_tokens.weight)
+    _replace(model.requires_grad_(False).language_model.model.layers, swap)
+    for layer in text.layers: layer.mlp = InPlaceGemmaMLP(layer.mlp)
+    text.embed_tokens = small(text.embed_tokens.weight, Int4Embedding, Int8Embedding)
     return model
 
-# %% ../nbs/16_speed.ipynb #b11
+# %% ../nbs/16_speed.ipynb #b12
 def weights_of(model: PaliGemmaForConditionalGeneration) -> str: # for people: "bfloat16", "bfloat16, packed", "int4"
     modules, dtype = list(model.modules()), str(model.language_model.model.norm.weight.dtype).removeprefix("torch.")
     for kind, name in ((Int4Linear, "int4"), (Int8Linear, "int8")):
         if any(isinstance(m, kind) for m in modules): return name
     return dtype + ", packed" * any(isinstance(m, PackedLinear) for m in modules)
 
-# %% ../nbs/16_speed.ipynb #b12
+# %% ../nbs/16_speed.ipynb #b13
 _METHOD = "paligemma_nb"  # quant_method of our folders
 
 
@@ -295,7 +324,7 @@ def save_quantized(
     config = model.config.to_dict() | dict(dtype=dtype, quantization_config=settings)
     write_folder(path, config, model.state_dict(), processor)
 
-# %% ../nbs/16_speed.ipynb #b13
+# %% ../nbs/16_speed.ipynb #b14
 def _load_quantized(folder, settings):
     path, config = folder / "config.json", read_config(folder)
     try:
@@ -318,7 +347,7 @@ def _load_quantized(folder, settings):
         if isinstance(m, Int4Linear): m.block_by(int4_rows() or m.block_rows)
     return model.eval(), processor
 
-# %% ../nbs/16_speed.ipynb #b14
+# %% ../nbs/16_speed.ipynb #b15
 def open_model(
     model_path: str | Path | None = None,         # as for `load_model`, or a folder of `save_quantized`
     *, device: torch.device | str | None = None,  # None: CUDA if there is one, else the CPU; the CPU for small weights
@@ -339,7 +368,7 @@ def open_model(
         raise ValueError(f"{folder} holds {weights_of(model)} weights, not {weights}")
     return pack(model), processor
 
-# %% ../nbs/16_speed.ipynb #b15
+# %% ../nbs/16_speed.ipynb #b16
 def write_quantized(
     model_path: str,  # as for `load_model`
     output_path: str, # as for `save_model`

@@ -16,8 +16,8 @@ from paligemma_nb.generation import generate
 from paligemma_nb.kv_cache import KVCache
 from paligemma_nb.paligemma import PaliGemmaForConditionalGeneration
 from paligemma_nb.scenes import HELD_OUT, make_scene
-from paligemma_nb.speed import (FEW, Int4Linear, Int8Embedding, Int8Linear, PackedLinear, can_pack, open_model, pack,
-                                pack_int4, quantize, save_quantized, unpack_int4, weights_of)
+from paligemma_nb.speed import (FEW, Int4Embedding, Int4Linear, Int8Embedding, Int8Linear, PackedLinear, can_pack,
+                                open_model, pack, pack_int4, quantize, save_quantized, unpack_int4, weights_of)
 from test_parity import CASES, batch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,6 +73,15 @@ def test_int4_is_near_and_its_products_are_exact(dtype, group_size, rows):
     before = dense4(linear)
     linear.block_by(96 - rows)
     assert linear.block_rows == 96 - rows and torch.equal(dense4(linear), before)
+
+
+@pytest.mark.parametrize("rows", [32, 64])
+def test_tables(rows):
+    torch.manual_seed(0)
+    table, ids = torch.randn(320, 128), torch.randint(320, (3, 7))
+    for small, dense in ((Int8Embedding(table), dense8), (Int4Embedding(table, 64, rows), dense4)):
+        torch.testing.assert_close(small(ids), dense(small)[ids])
+        assert relative(small.attend(table[:2]), table[:2] @ dense(small).T) < 1e-5
 
 
 def test_rows_of_one_value_stay_finite():
@@ -160,7 +169,7 @@ def test_what_is_rounded(shapes):
     decoder = model.language_model.model
     kinds = {type(m) for m in decoder.layers.modules() if not list(m.children()) and hasattr(m, "weight")}
     assert not any(isinstance(m, nn.Linear) for m in decoder.modules())
-    assert {Int4Linear} <= kinds and isinstance(decoder.embed_tokens, Int8Embedding)
+    assert Int4Linear in kinds and isinstance(decoder.embed_tokens, (Int4Embedding, Int8Embedding))
     for part in (model.vision_tower, model.multi_modal_projector):
         assert not any(isinstance(m, (Int8Linear, Int4Linear)) for m in part.modules())
     assert not any(p.requires_grad for p in model.parameters())
