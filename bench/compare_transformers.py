@@ -65,9 +65,10 @@ def write_full_size(size, folder, num_layers=None):
     with torch.device("meta"): model = Theirs(TheirConfig(**config.to_dict())).bfloat16()
     model.to_empty(device="cpu")
     for name, p in model.named_parameters():
-        # vectors that are 1 or 0 in a fresh model are not in a trained one
-        scale = "vision" in name and name.endswith("weight") and p.ndim == 1
-        torch.nn.init.normal_(p, mean=float(scale), std=0.02)
+        # so that layers outweigh the embedding: else the model would repeat its last token, and comparing says little
+        std = 0.005 if "embed_tokens" in name else 0.05 if "language_model" in name and p.ndim > 1 else 0.02
+        is_scale = "vision" in name and name.endswith("weight") and p.ndim == 1  # LayerNorm's; RMSNorm's is around 0
+        torch.nn.init.normal_(p, mean=float(is_scale), std=std)
     model.tie_weights()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

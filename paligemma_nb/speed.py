@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEW', 'can_pack', 'PackedLinear', 'PackedGemmaMLP', 'PackedSiglipMLP', 'PackedEmbedding', 'pack', 'Int8Linear',
-           'Int8Embedding', 'pack_int4', 'unpack_int4', 'int4_rows', 'Int4Linear', 'Int4Embedding', 'InPlaceGemmaMLP',
-           'quantize', 'weights_of', 'save_quantized', 'open_model', 'write_quantized', 'main']
+           'Int8Embedding', 'pack_int4', 'unpack_int4', 'int4_rows', 'int4_product', 'Int4Linear', 'Int4Embedding',
+           'InPlaceGemmaMLP', 'quantize', 'weights_of', 'save_quantized', 'open_model', 'write_quantized', 'main']
 
 # %% ../nbs/16_speed.ipynb #b0
 import sys
@@ -107,7 +107,7 @@ def pack(
     return model
 
 # %% ../nbs/16_speed.ipynb #b5
-FEW = 16  # rows up to which the kernels for small weights win over unpacking them
+FEW = 16  # rows up to which the kernels for small weights win over unpacking them; in float32 they never do
 _thread = threading.local()
 
 
@@ -138,7 +138,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: # [..., in] -> [..., out]
         rows = _rows(x)
-        if len(rows) <= FEW and rows.shape[1] % 64 == 0:  # other widths crash it, too
+        if len(rows) <= FEW and x.dtype != torch.float32 and rows.shape[1] % 64 == 0:  # other widths crash it, too
             out = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
             out, step = rows.new_empty(len(rows), len(self.weight)), max(1, 2**25 // rows.shape[1])
@@ -180,6 +180,28 @@ def int4_rows() -> int | None: # in a block that this processor's kernel reads (
         if torch.equal(product, numbers.T.float()): return rows
 
 # %% ../nbs/16_speed.ipynb #b9
+def int4_product(
+    x: Tensor,          # [m, in]
+    weight: Tensor,     # uint8 [out / rows, in, rows / 2], of `pack_int4`
+    scale_zero: Tensor, # [in / group_size, out, 2]: what a step is worth, and the value that 8 stands for
+) -> Tensor: # [m, out]
+    "Unpacks the weight, a few outputs at a time, and multiplies: for many rows."
+    rows, group_size = 2 * weight.shape[2], weight.shape[1] // len(scale_zero)
+    scale, zero = (part[:, None].contiguous() for part in scale_zero.unbind(-1))  # [in / group_size, 1, out]
+    offset, out = torch.sub(zero, scale, alpha=8), x.new_empty(len(x), scale.shape[-1])
+    step = min(max(2**21 // x.shape[1] // 64 * 64, 256), 1024)  # so many that they stay in the processor's cache
+    columns = (t.split(step, dim=-1) for t in (scale, offset, out))
+    for block, scale, offset, part in zip(weight.split(step // rows), *columns):
+        unpacked = _scratch(x.shape[1], part.shape[1], x.dtype)  # transposed: [in, step]
+        tiles = unpacked.view(len(unpacked), -1, 2, rows // 2).transpose(0, 1)  # [blocks, in, 2, rows / 2]
+        for half, numbers in enumerate((block & 15, block >> 4)):
+            tiles[:, :, half] = numbers.to(x.dtype)  # first widened, then moved: faster than both at once
+        groups = unpacked.view(len(scale), group_size, -1)
+        torch.addcmul(offset, groups, scale, out=groups)
+        torch.mm(x, unpacked, out=part)
+    return out
+
+# %% ../nbs/16_speed.ipynb #b10
 class Int4Linear(nn.Module):
     "A linear map in four bits: of each row, `group_size` neighbours share a scale and a zero point."
     def __init__(self,
@@ -216,30 +238,13 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: # [..., in] -> [..., out]
         rows = _rows(x)
-        if len(rows) <= FEW and int4_rows() == self.block_rows:
+        if len(rows) <= FEW and x.dtype != torch.float32 and int4_rows() == self.block_rows:
             packed = self.weight.view(-1, rows.shape[1] // 2)  # [out, in / 2]
             out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, self.group_size, self.scale_zero)
-        else: out = self.unpacked_product(rows)
+        else: out = int4_product(rows, self.weight, self.scale_zero)
         return out.view(*x.shape[:-1], -1)
 
-    def unpacked_product(self, rows: Tensor) -> Tensor: # [m, in] -> [m, out]
-        scale, zero = (x[:, None].contiguous() for x in self.scale_zero.unbind(-1))  # [in / group_size, 1, out]
-        offset = torch.sub(zero, scale, alpha=8)
-        out = rows.new_empty(len(rows), scale.shape[-1])
-        # a few outputs at a time, so that their weights, which are unpacked transposed, stay in the processor's cache
-        step = min(max(2**21 // rows.shape[1] // 64 * 64, 256), 1024)
-        for block, scale, offset, part in zip(self.weight.split(step // self.block_rows),
-                                              *(x.split(step, dim=-1) for x in (scale, offset, out))):
-            weight = _scratch(rows.shape[1], part.shape[1], rows.dtype)
-            tiles = weight.view(len(weight), -1, 2, self.block_rows // 2).transpose(0, 1)  # [blocks, in, 2, rows / 2]
-            for half, numbers in enumerate((block & 15, block >> 4)):
-                tiles[:, :, half] = numbers.to(rows.dtype)  # first widened, then moved: faster than both at once
-            groups = weight.view(len(scale), self.group_size, -1)
-            torch.addcmul(offset, groups, scale, out=groups)
-            torch.mm(rows, weight, out=part)
-        return out
-
-
+# %% ../nbs/16_speed.ipynb #b11
 class Int4Embedding(Int4Linear):
     "`GemmaEmbedding` in four bits."
     attend = Int4Linear.forward
@@ -252,7 +257,7 @@ class Int4Embedding(Int4Linear):
         groups = (numbers.to(scale.dtype) - 8).unflatten(-1, (-1, self.group_size))
         return (groups * scale[..., None] + zero[..., None]).flatten(-2)
 
-# %% ../nbs/16_speed.ipynb #b10
+# %% ../nbs/16_speed.ipynb #b12
 class InPlaceGemmaMLP(nn.Module):
     "`GemmaMLP` that writes over what it has read: for a tall input, to get fresh memory costs more than the product."
     def __init__(self, mlp: GemmaMLP):
@@ -263,7 +268,7 @@ class InPlaceGemmaMLP(nn.Module):
         gate = torch.ops.aten.gelu_(self.gate_proj(x), approximate="tanh")
         return self.down_proj(gate.mul_(self.up_proj(x)))
 
-# %% ../nbs/16_speed.ipynb #b11
+# %% ../nbs/16_speed.ipynb #b13
 def quantize(
     model: PaliGemmaForConditionalGeneration, # on the CPU or the meta device; changed in place
     weights: str,            # "int8" or "int4"
@@ -295,14 +300,14 @@ def quantize(
     text.embed_tokens = small(text.embed_tokens.weight, Int4Embedding, Int8Embedding)
     return model
 
-# %% ../nbs/16_speed.ipynb #b12
+# %% ../nbs/16_speed.ipynb #b14
 def weights_of(model: PaliGemmaForConditionalGeneration) -> str: # for people: "bfloat16", "bfloat16, packed", "int4"
     modules, dtype = list(model.modules()), str(model.language_model.model.norm.weight.dtype).removeprefix("torch.")
     for kind, name in ((Int4Linear, "int4"), (Int8Linear, "int8")):
         if any(isinstance(m, kind) for m in modules): return name
     return dtype + ", packed" * any(isinstance(m, PackedLinear) for m in modules)
 
-# %% ../nbs/16_speed.ipynb #b13
+# %% ../nbs/16_speed.ipynb #b15
 _METHOD = "paligemma_nb"  # quant_method of our folders
 
 
@@ -324,7 +329,7 @@ def save_quantized(
     config = model.config.to_dict() | dict(dtype=dtype, quantization_config=settings)
     write_folder(path, config, model.state_dict(), processor)
 
-# %% ../nbs/16_speed.ipynb #b14
+# %% ../nbs/16_speed.ipynb #b16
 def _load_quantized(folder, settings):
     path, config = folder / "config.json", read_config(folder)
     try:
@@ -347,7 +352,7 @@ def _load_quantized(folder, settings):
         if isinstance(m, Int4Linear): m.block_by(int4_rows() or m.block_rows)
     return model.eval(), processor
 
-# %% ../nbs/16_speed.ipynb #b15
+# %% ../nbs/16_speed.ipynb #b17
 def open_model(
     model_path: str | Path | None = None,         # as for `load_model`, or a folder of `save_quantized`
     *, device: torch.device | str | None = None,  # None: CUDA if there is one, else the CPU; the CPU for small weights
@@ -368,7 +373,7 @@ def open_model(
         raise ValueError(f"{folder} holds {weights_of(model)} weights, not {weights}")
     return pack(model), processor
 
-# %% ../nbs/16_speed.ipynb #b16
+# %% ../nbs/16_speed.ipynb #b18
 def write_quantized(
     model_path: str,  # as for `load_model`
     output_path: str, # as for `save_model`

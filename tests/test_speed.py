@@ -103,12 +103,13 @@ def test_int4_blocks(rows):
 def test_other_processors(capability):
     "torch takes the kernels of an older processor if it is told to: layouts and products must fit those, too."
     code = """import torch; from paligemma_nb.speed import *
-torch.manual_seed(0); w, x = torch.randn(192, 128), torch.randn(3, 128)
+torch.manual_seed(0); w, x = torch.randn(192, 128).half(), torch.randn(3, 128).half()
 for rows in {32, 64, int4_rows() or 64}:
     linear = Int4Linear(w, 64, rows)
-    torch.testing.assert_close(linear(x), linear.unpacked_product(x), rtol=1e-4, atol=1e-4)
+    expected = int4_product(x.float(), linear.weight, linear.scale_zero.float()).half()
+    torch.testing.assert_close(linear(x), expected, rtol=1e-2, atol=1e-2)
 linear = Int8Linear(w)
-torch.testing.assert_close(linear(x), x @ (linear.weight * linear.scale[:, None]).T, rtol=1e-4, atol=1e-4)"""
+torch.testing.assert_close(linear(x), x @ (linear.weight * linear.scale[:, None]).T, rtol=1e-2, atol=1e-2)"""
     env = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
