@@ -16,6 +16,8 @@ TEMPERATURE="${TEMPERATURE:-}"                             # used when sampling
 TOP_P="${TOP_P:-}"                                         # used when sampling
 DO_SAMPLE="${DO_SAMPLE:-}"                                 # True or False
 ONLY_CPU="${ONLY_CPU:-}"                                   # True or False
+DTYPE="${DTYPE:-}"                                         # float32, bfloat16 or float16; default: as stored
+QUANTIZE="${QUANTIZE:-}"                                   # int8 or int4: smaller weights, faster on a CPU
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$root/.ci/setup.sh"
@@ -28,7 +30,7 @@ fi
 
 flags=()
 for name in MODEL_PATH PROMPT IMAGE_FILE_PATH OUTPUT_IMAGE OUTPUT_FORMAT BATCH_SIZE MAX_TOKENS_TO_GENERATE \
-            TEMPERATURE TOP_P DO_SAMPLE ONLY_CPU; do
+            TEMPERATURE TOP_P DO_SAMPLE ONLY_CPU DTYPE QUANTIZE; do
   if [ -n "${!name}" ]; then flags+=("--$(echo "$name" | tr '[:upper:]' '[:lower:]')=${!name}"); fi
 done
 exec python -m paligemma_nb.inference ${flags[@]+"${flags[@]}"} "$@"

@@ -132,10 +132,10 @@ class WeightFiles:
 
     Reads `model.safetensors`, or else the shards that `model.safetensors.index.json` lists. Opening parses the headers
     only. Raises FileNotFoundError for a missing file; ValueError for one that is cut short, broken or no safetensors,
-    for a shard that does not hold what the index says, for a dtype not in `dtypes` and for two tensors of one name."""
+    for a shard that does not hold what the index says, a dtype not in `dtypes` and two tensors of one name."""
     def __init__(self, folder: str | Path,  # holds the one file, or the index and its shards
                  dtypes: dict[str, torch.dtype] = FLOATS): # that may be stored, by safetensors' names
-        self.path, self._tensors = _find_weights(Path(folder)), {}  # published name -> (file, its state, key, shape)
+        self.path, self._tensors = _find_weights(Path(folder)), {}  # name -> (path, its state, file, key, shape)
         if self.path.name == WEIGHTS: self._add(self.path, dtypes)
         else:
             for file, keys in _read_index(self.path).items(): self._add(self.path.with_name(file), dtypes, keys)
@@ -151,15 +151,15 @@ class WeightFiles:
             if name in self._tensors: raise ValueError(f"{path}: {key} is a second tensor for {name}")
             if (dtype := header.get_dtype()) not in dtypes:
                 raise ValueError(f"{path}: {key} is stored as {dtype}, expected {', '.join(dtypes)}")
-            self._tensors[name] = path, state, key, tuple(header.get_shape())
+            self._tensors[name] = path, state, file, key, tuple(header.get_shape())
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]: # of every tensor, by published name; no data is read
         return {name: shape for name, (*_, shape) in self._tensors.items()}
 
-    def __getitem__(self, name: str) -> Tensor: # a view of the file through a map of its own: gone when the tensor is
-        path, state, key, _ = self._tensors[name]
-        file = _open_safetensors(path)
+    def __getitem__(self, name: str) -> Tensor: # a view of the file; a large one has a map of its own
+        path, state, file, key, shape = self._tensors[name]
+        if torch.Size(shape).numel() >= 2**18: file = _open_safetensors(path)  # reads the label anew
         if _state(path) != state: raise ValueError(f"{path} was replaced while it was read: load it again")
         return file.get_tensor(key)
 

@@ -116,12 +116,13 @@ def _rows(x): # [..., in] -> [m, in], at an address that torch 2.13's int8 kerne
     return rows.clone() if rows.data_ptr() % 64 else rows
 
 
-def _scratch(rows, columns, dtype):
+def _scratch(dtype, *shape):
     "Memory to unpack weights into, one for each thread: to get fresh memory each time would cost more than to fill it."
-    buffer, size = getattr(_thread, "buffer", None), rows * columns
-    if buffer is None or buffer.dtype != dtype or buffer.numel() < size:
-        with torch.inference_mode(False): buffer = _thread.buffer = torch.empty(size, dtype=dtype)
-    return buffer[:size].view(rows, columns)
+    buffer, size = getattr(_thread, str(dtype), None), torch.Size(shape).numel()
+    if buffer is None or buffer.numel() < size:
+        with torch.inference_mode(False): buffer = torch.empty(size, dtype=dtype)
+        setattr(_thread, str(dtype), buffer)
+    return buffer[:size].view(shape)
 
 # %% ../nbs/16_speed.ipynb #b6
 class Int8Linear(nn.Module):
@@ -144,7 +145,7 @@ class Int8Linear(nn.Module):
             out, step = rows.new_empty(len(rows), len(self.weight)), max(1, 2**25 // rows.shape[1])
             for i in range(0, len(self.weight), step):
                 block = self.weight[i:i + step]
-                torch.mm(rows, _scratch(*block.shape, x.dtype).copy_(block).T, out=out[:, i:i + step])
+                torch.mm(rows, _scratch(x.dtype, *block.shape).copy_(block).T, out=out[:, i:i + step])
             out *= self.scale
         return out.view(*x.shape[:-1], -1)
 
@@ -189,13 +190,15 @@ def int4_product(
     rows, group_size = 2 * weight.shape[2], weight.shape[1] // len(scale_zero)
     scale, zero = (part[:, None].contiguous() for part in scale_zero.unbind(-1))  # [in / group_size, 1, out]
     offset, out = torch.sub(zero, scale, alpha=8), x.new_empty(len(x), scale.shape[-1])
-    step = min(max(2**21 // x.shape[1] // 64 * 64, 256), 1024)  # so many that they stay in the processor's cache
+    step = 2048  # outputs: their weights nearly fit into the processor's cache
     columns = (t.split(step, dim=-1) for t in (scale, offset, out))
     for block, scale, offset, part in zip(weight.split(step // rows), *columns):
-        unpacked = _scratch(x.shape[1], part.shape[1], x.dtype)  # transposed: [in, step]
+        unpacked, wide = _scratch(x.dtype, 2, x.shape[1], part.shape[1])  # transposed: [in, step]
         tiles = unpacked.view(len(unpacked), -1, 2, rows // 2).transpose(0, 1)  # [blocks, in, 2, rows / 2]
-        for half, numbers in enumerate((block & 15, block >> 4)):
-            tiles[:, :, half] = numbers.to(x.dtype)  # first widened, then moved: faster than both at once
+        bits, wide = _scratch(torch.uint8, *block.shape), wide.flatten()[:block.numel()].view(block.shape)
+        for half, take in enumerate((torch.bitwise_and, torch.bitwise_right_shift)):
+            # first widened, then moved: faster than both at once
+            tiles[:, :, half] = wide.copy_(take(block, (15, 4)[half], out=bits))
         groups = unpacked.view(len(scale), group_size, -1)
         torch.addcmul(offset, groups, scale, out=groups)
         torch.mm(x, unpacked, out=part)
@@ -229,8 +232,7 @@ class Int4Linear(nn.Module):
     @property
     def block_rows(self) -> int: return 2 * self.weight.shape[2]
 
-    def block_by(self, rows: int):
-        "Lays the weight out in blocks of so many rows."
+    def block_by(self, rows: int): # lays the weight out in blocks of so many
         if rows != self.block_rows: self.weight = pack_int4(unpack_int4(self.weight), rows)
 
     @staticmethod
