@@ -1,6 +1,6 @@
-"""What rounding the weights costs the shipped model: its marks on 1,000 held-out scenes, as stored and in 8 and 4 bits.
+"""What rounding the weights costs the shipped model: its marks on held-out scenes, as stored and in 8 and 4 bits.
 
-    python bench/quantised_marks.py --output_file bench/results/quantised_marks.json    # about ten minutes on two cores
+    python bench/quantised_marks.py --output_file bench/results/quantised_marks.json    # some minutes on two cores
 """
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 
-def main(num_scenes: int = 1_000, output_file: str = "", threads: int = 2):
+def main(num_scenes: int = 300, output_file: str = "", threads: int = 2):
     torch.set_num_threads(threads)
     from paligemma_nb.scenes import HELD_OUT
     from paligemma_nb.speed import open_model, weights_of
