@@ -17,7 +17,7 @@ TOP_P="${TOP_P:-}"                                         # used when sampling
 DO_SAMPLE="${DO_SAMPLE:-}"                                 # True or False
 ONLY_CPU="${ONLY_CPU:-}"                                   # True or False
 DTYPE="${DTYPE:-}"                                         # float32, bfloat16 or float16; default: as stored
-QUANTIZE="${QUANTIZE:-}"                                   # int8 or int4: smaller weights, faster on a CPU
+QUANTIZE="${QUANTIZE:-}"                                   # int8 or int4: smaller weights, in bfloat16 faster
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$root/.ci/setup.sh"

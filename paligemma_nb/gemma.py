@@ -111,8 +111,10 @@ def grouped_weights(
     scale: float,               # of the scores
     cap: float | None = None,   # and their soft cap
 ) -> Tensor: # [b, h, t, n] float32: how much each query looks at each key, 1 in all
-    # the queries of a group stand one under the other, so that keys need no copies
-    scores = q.reshape(len(q), k.shape[1], -1, q.shape[-1]) @ k.transpose(-1, -2)  # [b, k, h/k * t, n]
+    # the queries of a group stand one under the other, so that keys need not be repeated
+    rows = q.reshape(len(q), k.shape[1], -1, q.shape[-1])
+    # a cache's keys have gaps: the product would copy them anyway, and transposed, which is slow
+    scores = rows @ k.contiguous().transpose(-1, -2)  # [b, k, h/k * t, n]
     scores = soft_cap(scores.view(*q.shape[:3], -1).float() * scale, cap)
     # not -inf: a padding that sees nothing would get 0 / 0
     if mask is not None: scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)

@@ -95,7 +95,7 @@ FLAGS = {  # name -> (what makes a value of its text, default, explanation)
     "only_cpu": (as_bool, False, "use the CPU even if there is a GPU"),
     "device": (as_device, None, "cpu, cuda, cuda:1 or mps [cuda if there is one, else cpu]"),
     "dtype": (as_choice("float32", "bfloat16", "float16"), None, "what the model computes in [as stored]"),
-    "quantize": (as_choice("int8", "int4"), None, "round the weights: smaller, and faster on a CPU [no]"),
+    "quantize": (as_choice("int8", "int4"), None, "round the weights: smaller, and in bfloat16 faster on a CPU [no]"),
     "output_image": (as_text, None, "file for the picture with its boxes and masks drawn in [none]"),
     "output_format": (as_choice("text", "json"), "text", "json: for each picture a line that holds one object"),
     "batch_size": (as_count, 8, "of several pictures, so many are answered at a time"),

@@ -9,7 +9,6 @@ __all__ = ['SiglipVisionConfig', 'SiglipVisionEmbeddings', 'SiglipAttention', 'S
 # %% ../nbs/02_siglip.ipynb #53598bb0
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

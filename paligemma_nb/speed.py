@@ -8,6 +8,7 @@ __all__ = ['FEW', 'can_pack', 'PackedLinear', 'PackedGemmaMLP', 'PackedSiglipMLP
            'InPlaceGemmaMLP', 'quantize', 'weights_of', 'save_quantized', 'open_model', 'write_quantized', 'main']
 
 # %% ../nbs/16_speed.ipynb #b0
+import math
 import sys
 import threading
 from functools import cache
@@ -124,12 +125,26 @@ def _scratch(dtype, *shape):
         setattr(_thread, str(dtype), buffer)
     return buffer[:size].view(shape)
 
+
+def _tall_product(x, out_features, size, unpack, *packed): # [m, in] -> [m, out]; `unpack` gives [n, in, outputs]
+    "About `size` weights at a time, which fit into the processor's cache, and of these a share for each thread."
+    num_copies = min(torch.get_num_threads(), max(1, 2048 // len(x)))  # of more rows they would cost too much
+    out, copies = x.new_empty(len(x), out_features), x.expand(num_copies, *x.shape).contiguous()
+    blocks = [tensor.chunk(-(-out_features * x.shape[1] // size)) for tensor in packed]
+    parts = out.split(out_features * len(blocks[0][0]) // len(packed[0]), dim=1)
+    for part, *block in zip(parts, *blocks):
+        n = math.gcd(len(block[0]), len(copies))
+        # as a batch: a thread multiplies what it has unpacked, so that no core writes what another one has read
+        torch.bmm(copies[:n], unpack(n, *block), out=part.unflatten(1, (n, -1)).transpose(0, 1))
+    return out
+
 # %% ../nbs/16_speed.ipynb #b6
 class Int8Linear(nn.Module):
     "A linear map in eight bits: each row of the weight is whole numbers, -127 … 127, times a scale of its own."
     def __init__(self, weight: Tensor): # [out, in], of any float dtype
         super().__init__()
-        blocks = [self.round(rows) for rows in weight.detach().split(4096)]  # a vocabulary in float32 is large
+        # a few rows at a time: a whole vocabulary in float32 is large, and fresh memory is slow
+        blocks = [self.round(rows) for rows in weight.detach().split(512)]
         for name, parts in zip(("weight", "scale"), zip(*blocks)): self.register_buffer(name, torch.cat(parts))
 
     @staticmethod
@@ -138,22 +153,17 @@ class Int8Linear(nn.Module):
         return (rows.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
     def forward(self, x: Tensor) -> Tensor: # [..., in] -> [..., out]
+        def unpack(n, block): return _scratch(x.dtype, *block.shape).copy_(block).unflatten(0, (n, -1)).transpose(1, 2)
         rows = _rows(x)
         if len(rows) <= FEW and x.dtype != torch.float32 and rows.shape[1] % 64 == 0:  # other widths crash it, too
             out = torch._weight_int8pack_mm(rows, self.weight, self.scale)
-        else:
-            out, step = rows.new_empty(len(rows), len(self.weight)), max(1, 2**25 // rows.shape[1])
-            for i in range(0, len(self.weight), step):
-                block = self.weight[i:i + step]
-                torch.mm(rows, _scratch(x.dtype, *block.shape).copy_(block).T, out=out[:, i:i + step])
-            out *= self.scale
+        else: out = _tall_product(rows, len(self.weight), 2**22, unpack, self.weight).mul_(self.scale)
         return out.view(*x.shape[:-1], -1)
 
 
 class Int8Embedding(Int8Linear):
     "`GemmaEmbedding` in eight bits."
     attend = Int8Linear.forward
-
     def forward(self, ids: Tensor) -> Tensor: # [...] -> [..., c]
         return self.weight[ids] * self.scale[ids][..., None]
 
@@ -187,33 +197,30 @@ def int4_product(
     scale_zero: Tensor, # [in / group_size, out, 2]: what a step is worth, and the value that 8 stands for
 ) -> Tensor: # [m, out]
     "Unpacks the weight, a few outputs at a time, and multiplies: for many rows."
-    rows, group_size = 2 * weight.shape[2], weight.shape[1] // len(scale_zero)
-    scale, zero = (part[:, None].contiguous() for part in scale_zero.unbind(-1))  # [in / group_size, 1, out]
-    offset, out = torch.sub(zero, scale, alpha=8), x.new_empty(len(x), scale.shape[-1])
-    step = 2048  # outputs: their weights nearly fit into the processor's cache
-    columns = (t.split(step, dim=-1) for t in (scale, offset, out))
-    for block, scale, offset, part in zip(weight.split(step // rows), *columns):
-        unpacked, wide = _scratch(x.dtype, 2, x.shape[1], part.shape[1])  # transposed: [in, step]
-        tiles = unpacked.view(len(unpacked), -1, 2, rows // 2).transpose(0, 1)  # [blocks, in, 2, rows / 2]
-        bits, wide = _scratch(torch.uint8, *block.shape), wide.flatten()[:block.numel()].view(block.shape)
-        for half, take in enumerate((torch.bitwise_and, torch.bitwise_right_shift)):
-            # first widened, then moved: faster than both at once
-            tiles[:, :, half] = wide.copy_(take(block, (15, 4)[half], out=bits))
-        groups = unpacked.view(len(scale), group_size, -1)
-        torch.addcmul(offset, groups, scale, out=groups)
-        torch.mm(x, unpacked, out=part)
-    return out
+    scale, zero = (t.contiguous().unflatten(1, (len(weight), -1)).transpose(0, 1) for t in scale_zero.unbind(-1))
+
+    def unpack(n, block, scale, offset): # [blocks, in, rows / 2], twice [blocks, groups, rows] -> [n, in, outputs]
+        numbers = _scratch(torch.uint8, n, x.shape[1], 2 * block.shape[2] * len(block) // n)
+        # eight bytes at a time; a shift carries bits over from the next byte, but these are cut off
+        low, high = numbers.view(torch.int64).unflatten(2, (-1, 2, block.shape[2] // 8)).unbind(3)
+        low.copy_(block.view(torch.int64).unflatten(0, (n, -1)).transpose(1, 2))
+        torch.bitwise_right_shift(low, 4, out=high)
+        groups = _scratch(x.dtype, *numbers.shape).copy_(numbers.bitwise_and_(15)).unflatten(1, (scale.shape[1], -1))
+        scale, offset = (t.unflatten(0, (n, -1)).transpose(1, 2).flatten(2)[:, :, None] for t in (scale, offset))
+        return torch.addcmul(offset, groups, scale, out=groups).flatten(1, 2)
+
+    return _tall_product(x, scale_zero.shape[1], 2**21, unpack, weight, scale, torch.sub(zero, scale, alpha=8))
 
 # %% ../nbs/16_speed.ipynb #b10
 class Int4Linear(nn.Module):
     "A linear map in four bits: of each row, `group_size` neighbours share a scale and a zero point."
     def __init__(self,
-        weight: Tensor,        # [out, in], of any float dtype; `fits` says which
+        weight: Tensor,        # [out, in], of any float dtype; multiples of `rows` and `group_size`
         group_size: int = 64,  # 32, 64, 128 or 256
         rows: int = 64,        # in a block of `pack_int4`
     ):
         super().__init__()
-        blocks = [self.round(part, group_size) for part in weight.detach().split(4096)]
+        blocks = [self.round(part, group_size) for part in weight.detach().split(512)]
         self.register_buffer("weight", torch.cat([pack_int4(numbers, rows) for numbers, _ in blocks]))
         self.register_buffer("scale_zero", torch.cat([scale_zero for _, scale_zero in blocks], dim=1))
 
@@ -234,9 +241,6 @@ class Int4Linear(nn.Module):
 
     def block_by(self, rows: int): # lays the weight out in blocks of so many
         if rows != self.block_rows: self.weight = pack_int4(unpack_int4(self.weight), rows)
-
-    @staticmethod
-    def fits(weight: Tensor, group_size: int) -> bool: return weight.shape[0] % 64 == weight.shape[1] % group_size == 0
 
     def forward(self, x: Tensor) -> Tensor: # [..., in] -> [..., out]
         rows = _rows(x)
@@ -291,7 +295,7 @@ def quantize(
     if not isinstance(text.embed_tokens, GemmaEmbedding): raise ValueError(f"weights are {weights_of(model)} already")
 
     def small(weight, in_four, in_eight):
-        if weights == "int8" or not Int4Linear.fits(weight, group_size): return in_eight(weight)
+        if weights == "int8" or weight.shape[0] % 64 or weight.shape[1] % group_size: return in_eight(weight)
         return in_four(weight, group_size, rows or int4_rows() or 64)
 
     def swap(module):
@@ -310,9 +314,6 @@ def weights_of(model: PaliGemmaForConditionalGeneration) -> str: # for people: "
     return dtype + ", packed" * any(isinstance(m, PackedLinear) for m in modules)
 
 # %% ../nbs/16_speed.ipynb #b15
-_METHOD = "paligemma_nb"  # quant_method of our folders
-
-
 def save_quantized(
     model: PaliGemmaForConditionalGeneration, # from `quantize`, not packed
     processor: PaliGemmaProcessor,
@@ -324,7 +325,7 @@ def save_quantized(
     if not small or any(isinstance(m, PackedLinear) for m in model.modules()):
         raise ValueError(f"expected a model as `quantize` leaves it, got weights that are {weights_of(model)}")
     check_processor(processor, model.config, "the model to save")
-    settings = dict(quant_method=_METHOD, weights=weights_of(model))
+    settings = dict(quant_method="paligemma_nb", weights=weights_of(model))
     for m in small:
         if isinstance(m, Int4Linear): settings |= dict(group_size=m.group_size, rows=m.block_rows)
     dtype = str(model.language_model.model.norm.weight.dtype).removeprefix("torch.")
@@ -335,7 +336,7 @@ def save_quantized(
 def _load_quantized(folder, settings):
     path, config = folder / "config.json", read_config(folder)
     try:
-        if settings["quant_method"] != _METHOD: raise ValueError(f"quant_method {settings['quant_method']!r}")
+        if settings["quant_method"] != "paligemma_nb": raise ValueError(f"quant_method {settings['quant_method']!r}")
         options = {name: settings[name] for name in ("weights", "group_size", "rows") if name in settings}
         model = quantize(empty_model(config), **options)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
@@ -349,8 +350,7 @@ def _load_quantized(folder, settings):
         if x.dtype.is_floating_point != tensors[name].dtype.is_floating_point:
             raise ValueError(f"{files.path}: {name} is stored as {tensors[name].dtype}, expected {x.dtype}")
     model.load_state_dict(tensors, assign=True)
-    for m in model.modules():
-        # the file may come from another kind of processor
+    for m in model.modules():  # the file may come from another kind of processor
         if isinstance(m, Int4Linear): m.block_by(int4_rows() or m.block_rows)
     return model.eval(), processor
 

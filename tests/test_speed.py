@@ -75,6 +75,17 @@ def test_int4_is_near_and_its_products_are_exact(dtype, group_size, rows):
     assert linear.block_rows == 96 - rows and torch.equal(dense4(linear), before)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_large_weights_are_unpacked_in_blocks_and_shares(threads):
+    torch.manual_seed(0)
+    x, usual = torch.randn(FEW + 4, 4096), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for linear, dense in ((Int8Linear(torch.randn(1602, 4096)), dense8), (Int4Linear(torch.randn(1088, 4096)), dense4)):
+            assert relative(linear(x), x @ dense(linear).T) < 1e-5
+    finally: torch.set_num_threads(usual)
+
+
 @pytest.mark.parametrize("rows", [32, 64])
 def test_tables(rows):
     torch.manual_seed(0)
