@@ -67,10 +67,8 @@ def write_full_size(size, folder, num_layers=None):
     for name, p in model.named_parameters():
         # so that layers outweigh the embedding: else the model would repeat its last token, and comparing says little
         std = 0.005 if "embed_tokens" in name else 0.05 if "language_model" in name and p.ndim > 1 else 0.02
-        mean = float("vision" in name and name.endswith("weight") and p.ndim == 1)  # LayerNorm's; RMSNorm's is around 0
-        # Gemma 2's norm behind attention would make what all tokens have in common as large as what tells them apart
-        if size == "3b2" and "post_attention_layernorm" in name: mean = -0.9
-        torch.nn.init.normal_(p, mean=mean, std=std)
+        is_scale = "vision" in name and name.endswith("weight") and p.ndim == 1  # LayerNorm's; RMSNorm's is around 0
+        torch.nn.init.normal_(p, mean=float(is_scale), std=std)
     model.tie_weights()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
