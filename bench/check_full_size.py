@@ -76,7 +76,8 @@ def check(size, temporary):
     results |= {"bfloat16: our logits differ from float32 by": relative(ours, exact),
                 "bfloat16: theirs differ from float32 by": relative(expected, exact),
                 "bfloat16: ours differ from theirs by": relative(ours, expected),
-                f"different tokens chosen at {len(exact)} steps, float32": exact.argmax(dim=1).unique().numel(),
+                "steps, each behind another token": len(exact),
+                "different tokens that float32 chooses": exact.argmax(dim=1).unique().numel(),
                 "steps with another choice than theirs, and is it a tie": ties(ours, expected, exact)}
     model.config.eos_token_id, theirs.generation_config.eos_token_id = -1, None
     tokens = generate(model, inputs, max_new_tokens=GIVEN)
@@ -87,6 +88,8 @@ def check(size, temporary):
 
 
 def main(output_file: str = "", threads: int = 2):
+    import transformers
+    from paligemma_nb.training import machine
     torch.set_num_threads(threads)
     found, failed = {}, []
     for size in ("3b", "3b2"):
@@ -98,7 +101,9 @@ def main(output_file: str = "", threads: int = 2):
             failed.append(f"{size}: bfloat16 is less exact than theirs")
         if not all(r["steps with another choice than theirs, and is it a tie"]):
             failed.append(f"{size}: another choice, and no tie")
-    if output_file: Path(output_file).write_text(json.dumps(found, indent=2) + "\n")
+    if output_file:
+        results = dict(machine=machine(), transformers=transformers.__version__, models=found)
+        Path(output_file).write_text(json.dumps(results, indent=2) + "\n")
     if failed: sys.exit("; ".join(failed))
 
 

@@ -236,7 +236,8 @@ class GemmaModel(nn.Module):
         t, past = inputs_embeds.shape[1], kv_cache.length if kv_cache is not None else 0
         # from 1, as in transformers; one row serves the batch: left padding shifts a row, and only differences count
         position_ids = torch.arange(past + 1, past + t + 1, device=inputs_embeds.device)[None]
-        cos, sin = self.rotary_emb(position_ids)
+        # rounded here, once, and not in each layer
+        cos, sin = (angles.type_as(inputs_embeds) for angles in self.rotary_emb(position_ids))
         x, slides = inputs_embeds, () if sliding_mask is None else self.config.sliding_layers
         for i, layer in enumerate(self.layers):
             # of the last layer nobody reads the other tokens, except their keys and values
