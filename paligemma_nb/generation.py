@@ -41,7 +41,7 @@ def next_token(
     generator: torch.Generator | None = None, # source of chance, on the logits' device
 ) -> Tensor: # [b]
     "Chooses a token for each row."
-    # argmax would give the same, but of a large vocabulary in bfloat16 it takes three times as long
+    # argmax would give the same, but of a large vocabulary in bfloat16 it takes far longer
     if temperature < torch.finfo(torch.float32).tiny: return logits.max(dim=-1).indices
     logits = logits.float()  # bfloat16 keeps three digits: too few to add up thousands of probabilities
     # no logit is above 0 now, so that a small temperature cannot overflow
