@@ -29,7 +29,8 @@ def last_logits(model, inputs): return model(**inputs, logits_to_keep=1).logits[
 
 
 def given_tokens(model): # [16] at random, the same for every model of a size
-    return torch.randint(1000, model.config.text_config.vocab_size, (GIVEN,), generator=torch.Generator().manual_seed(1))
+    vocab_size, generator = model.config.text_config.vocab_size, torch.Generator().manual_seed(1)
+    return torch.randint(1000, vocab_size, (GIVEN,), generator=generator)
 
 
 @torch.inference_mode()
