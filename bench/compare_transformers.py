@@ -8,7 +8,8 @@ Sizes: tiny (shipped), middle (0.3 B), 3b (PaliGemma) and 3b2 (PaliGemma 2). The
 weights that transformers writes to a temporary folder (6 GB); all of it takes half an hour on two cores.
 Both open the same folder and do the same work in turns (ours, theirs, ours, …), so that a busy machine slows both. Each
 round has its own ratio, and of times and ratios the medians count: where a machine changes its pace between rounds, the
-ratio is not quite that of the times beside it. Ratios above 1 mean that this package is faster or smaller.
+ratio is not quite that of the times beside it. (The file keeps all rounds.) Ratios above 1 mean that this package is
+faster or smaller.
 """
 import json
 import os
@@ -112,19 +113,19 @@ def their_moments(model, inputs, n):
     return moments
 
 
-def medians(rounds): # of pairs (ours, theirs) -> the medians of ours, of theirs, and of the ratios
-    return [*map(median, zip(*rounds)), median(theirs / ours for ours, theirs in rounds)]
+def summary(rounds): # of pairs (ours, theirs)
+    ours, theirs = map(median, zip(*rounds))
+    return dict(ours=ours, transformers=theirs, ratio=median(b / a for a, b in rounds), rounds=rounds)
 
 
 def in_turns(ours, theirs, repeats):
-    "`medians` of the milliseconds until the first moment, and between two (None where there is only one)."
+    "Rounds of milliseconds until the first moment, and between two (empty pairs where there is only one)."
     first, further = [], []
     for _ in range(repeats + 1):
         starts, moments = zip(*[(time.perf_counter(), work()) for work in (ours, theirs)])
         first.append([1e3 * (side[0] - start) for start, side in zip(starts, moments)])
         further.append([1e3 * median(b - a for a, b in zip(side, side[1:])) for side in moments if len(side) > 1])
-    first, further = first[1:], further[1:]  # the first round warms up
-    return medians(first), medians(further) if further[0] else None
+    return first[1:], further[1:]  # the first round warms up
 
 
 def make_inputs(processor, rows=1):
@@ -195,7 +196,7 @@ def alone_rows(folders, dtype, repeats, new_tokens):
                  for _ in range(repeats)]
         for key, what in (("ready", "open (s)"), ("total", f"open and write {new_tokens} tokens (s)"),
                           ("peak", "peak memory (MB)")):
-            rows[way, what] = medians([[side[key] for side in pair] for pair in pairs])
+            rows[way, what] = [[side[key] for side in pair] for pair in pairs]
     return rows
 
 
@@ -221,14 +222,15 @@ def small_rows(name, temporary, repeats):
     (model, processor), theirs = open_ours(folder, dtype), open_theirs(folder, dtype)
     rows = generation_rows(model, theirs, processor, repeats)
     peaks = [process("--alone", side, "--folder", folder, "--dtype", dtype)["peak"] for side in ("as stored", "theirs")]
-    rows["peak memory (MB)"] = medians([peaks])
+    rows["peak memory (MB)"] = [peaks]
     if name == "tiny": rows |= training_row(folder, repeats)
     return {("as stored", what): values for what, values in rows.items()}
 
 
 def full_rows(name, folder, temporary, repeats):
     from paligemma_nb.checkpoint import load_model
-    from paligemma_nb.speed import pack, quantize, save_quantized
+    from paligemma_nb.quantization import quantize, save_quantized
+    from paligemma_nb.speed import pack
     if folder is None:
         folder = Path(temporary) / name
         write_full_size(name, folder)
@@ -246,7 +248,8 @@ def full_rows(name, folder, temporary, repeats):
             rows[way, "each further token of 8 rows (ms)"] = found["each further token (ms)"]
         del model
     del theirs
-    return rows | alone_rows(folders, "bfloat16", max(1, repeats // 3), new_tokens=64)
+    os.sync()  # what was saved is on the disk before the next clock starts
+    return rows | alone_rows(folders, "bfloat16", max(1, repeats // 2), new_tokens=64)
 
 
 def compare(
@@ -268,8 +271,8 @@ def compare(
         with tempfile.TemporaryDirectory() as temporary:
             if name in SIZES[:2]: rows = small_rows(name, temporary, repeats)
             else: rows = full_rows(name, folder or None, temporary, repeats)
-        results["rows"] += [dict(model=name, weights=way, what=what, ours=ours, transformers=theirs, ratio=ratio)
-                            for (way, what), (ours, theirs, ratio) in rows.items()]
+        results["rows"] += [dict(model=name, weights=way, what=what) | summary(rounds)
+                            for (way, what), rounds in rows.items()]
     results["start-up of the shipped model (s)"] = start_up_row(repeats)
     if output_file: Path(output_file).write_text(json.dumps(results, indent=2) + "\n")
     print(f"{results['machine']}, transformers {results['transformers']}, load {results['load'][0]:.1f}; "

@@ -1,4 +1,4 @@
-"""What rounding the weights costs the shipped model: its marks on held-out scenes, as stored and in 8 and 4 bits.
+"""What rounding costs the shipped model: its marks on held-out scenes, as stored, and in bfloat16 with small weights.
 
     python bench/quantised_marks.py --output_file bench/results/quantised_marks.json    # some minutes on two cores
 """
@@ -10,12 +10,13 @@ import torch
 
 def main(num_scenes: int = 300, output_file: str = "", threads: int = 2):
     torch.set_num_threads(threads)
+    from paligemma_nb.quantization import weights_of
     from paligemma_nb.scenes import HELD_OUT
-    from paligemma_nb.speed import open_model, weights_of
+    from paligemma_nb.speed import open_model
     from paligemma_nb.tasks import evaluate, marks_table
     marks = {}
     for weights in (None, "int8", "int4"):
-        model, processor = open_model(device="cpu", weights=weights)
+        model, processor = open_model(device="cpu", dtype="bfloat16" if weights else None, weights=weights)
         marks[weights_of(model)], _ = evaluate(model, processor, num_scenes, HELD_OUT)
         print(f"{weights_of(model)}\n\n{marks_table(marks[weights_of(model)])}\n", flush=True)
     if output_file: Path(output_file).write_text(json.dumps(dict(num_scenes=num_scenes, marks=marks), indent=2) + "\n")

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from paligemma_nb import inference, speed
+from paligemma_nb import inference, quantization
 from paligemma_nb.checkpoint import WEIGHTS, empty_model, load_model, save_model
 from paligemma_nb.generation import generate
 from paligemma_nb.kv_cache import KVCache
 from paligemma_nb.paligemma import PaliGemmaForConditionalGeneration
+from paligemma_nb.quantization import (Int4Embedding, Int4Linear, Int8Embedding, Int8Linear, in_bytes, int4_rows,
+                                       pack_int4, quantize, save_quantized, unpack_int4, weights_of)
 from paligemma_nb.scenes import HELD_OUT, make_scene
-from paligemma_nb.speed import (FEW, Int4Embedding, Int4Linear, Int8Embedding, Int8Linear, PackedLinear, can_pack,
-                                open_model, pack, pack_int4, quantize, save_quantized, unpack_int4, weights_of)
+from paligemma_nb.speed import PackedLinear, can_pack, open_model, pack
 from test_parity import CASES, batch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +53,8 @@ def test_int8_is_near_and_its_products_are_exact(dtype, outputs, inputs):
     assert linear.weight.dtype == torch.int8 and linear.scale.dtype == dtype
     steps = (dense8(linear) - weight.float()).abs() / linear.scale.float()[:, None]
     assert steps.max() < (.51 if dtype != torch.bfloat16 else .76)  # half, and the scale's rounding
-    for shape in ((1,), (FEW,), (FEW + 1,), (2, 3), (3, 1, 20)):
+    linear.limit = 0  # every row of inputs in 16 bits
+    for shape in ((1,), (Int8Linear.few,), (Int8Linear.few + 1,), (2, 3), (3, 1, 20)):
         x = torch.randn(*shape, inputs).to(dtype)
         assert relative(linear(x), x.float() @ dense8(linear).T) < TOLERANCE[dtype]
 
@@ -67,23 +69,52 @@ def test_int4_is_near_and_its_products_are_exact(dtype, group_size, rows):
     assert (linear.group_size, linear.block_rows, linear.weight.dtype) == (group_size, rows, torch.uint8)
     step = linear.scale_zero[..., 0].T.float().repeat_interleave(group_size, dim=1)
     assert ((dense4(linear) - weight.float()).abs() / step).max() < (.51 if dtype != torch.bfloat16 else .6)
-    for shape in ((1,), (FEW,), (FEW + 1,), (3, 1, 20)):
+    linear.limit = 0
+    for shape in ((1,), (Int4Linear.few,), (Int4Linear.few + 1,), (3, 1, 20)):
         x = torch.randn(*shape, 512).to(dtype)
-        assert relative(linear(x), x.float() @ dense4(linear).T) < TOLERANCE[dtype]
+        by_kernel = x[..., 0].numel() <= Int4Linear.few and int4_rows() == rows  # else weights are rounded once more, to bytes
+        tolerance = TOLERANCE[dtype] if by_kernel or dtype == torch.float32 else max(TOLERANCE[dtype], 1.2e-2)
+        assert relative(linear(x), x.float() @ dense4(linear).T) < tolerance
     before = dense4(linear)
     linear.block_by(96 - rows)
     assert linear.block_rows == 96 - rows and torch.equal(dense4(linear), before)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_large_weights_are_unpacked_in_blocks_and_shares(threads):
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("bytes_", [True, False])
+def test_large_weights_are_multiplied_in_parts(dtype, tolerance, bytes_, monkeypatch):
+    if not bytes_: monkeypatch.setattr(quantization, "can_multiply_bytes", lambda: False)  # another processor's way
     torch.manual_seed(0)
-    x, usual = torch.randn(FEW + 4, 4096), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for linear, dense in ((Int8Linear(torch.randn(1602, 4096)), dense8), (Int4Linear(torch.randn(1088, 4096)), dense4)):
-            assert relative(linear(x), x @ dense(linear).T) < 1e-5
-    finally: torch.set_num_threads(usual)
+    x = torch.randn(150, 4096).to(dtype)  # more rows, too, than are rounded at a time
+    for linear, dense in ((Int8Linear(torch.randn(1602, 4096)), dense8), (Int4Linear(torch.randn(1088, 4096)), dense4)):
+        linear.limit = 0
+        assert relative(linear(x), x.float() @ dense(linear).T) < tolerance
+
+
+def test_inputs_in_bytes():
+    torch.manual_seed(0)
+    x = torch.randn(300, 2048)
+    x[::3, 0] = 100  # a peak of more than 20 in every third row
+    x[1] = 0
+    for limit, expected in ((1e9, [1]), (20, [1, *range(0, 300, 3)]), (0, range(300))):
+        numbers, step, twice = in_bytes(x, limit)
+        assert sorted(twice.tolist()) == sorted(expected)
+        assert (numbers.dtype, len(numbers)) == (torch.int8, 300 + len(twice))
+        assert torch.equal(numbers[:300].abs().amax(dim=1) == 127, (x != 0).any(dim=1))
+        back = numbers[:300].float().index_add_(0, twice, numbers[300:].float(), alpha=1 / 254) * step
+        worst = torch.full((300,), .5001).index_fill_(0, twice, .5001 / 254 + 1e-5) * step[:, 0]  # half a step
+        assert ((back - x).abs().amax(dim=1) <= worst).all()
+
+
+def test_a_loud_input_does_not_drown_the_others():
+    "One number that is far larger than its row would, in eight bits, leave nothing of the others."
+    torch.manual_seed(0)
+    weight, x = torch.randn(256, 512), torch.randn(40, 512)
+    weight[:, 0], x[:, 0] = 0, 1000  # multiplied by 0, so that what counts are the others
+    linear, expected = Int8Linear(weight.bfloat16()), x.bfloat16().float() @ weight.bfloat16().float().T
+    assert relative(linear(x.bfloat16()), expected) < .02
+    linear.limit = 1e9
+    assert relative(linear(x.bfloat16()), expected) > .5
 
 
 @pytest.mark.parametrize("rows", [32, 64])
@@ -113,12 +144,12 @@ def test_int4_blocks(rows):
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_other_processors(capability):
     "torch takes the kernels of an older processor if it is told to: layouts and products must fit those, too."
-    code = """import torch; from paligemma_nb.speed import *
+    code = """import torch; from paligemma_nb.quantization import *
 torch.manual_seed(0); w, x = torch.randn(192, 128).half(), torch.randn(3, 128).half()
 for rows in {32, 64, int4_rows() or 64}:
     linear = Int4Linear(w, 64, rows)
-    expected = int4_product(x.float(), linear.weight, linear.scale_zero.float()).half()
-    torch.testing.assert_close(linear(x), expected, rtol=1e-2, atol=1e-2)
+    expected = linear(x.float())
+    assert (linear(x) - expected).abs().max() < .02 * expected.abs().max()
 linear = Int8Linear(w)
 torch.testing.assert_close(linear(x), x @ (linear.weight * linear.scale[:, None]).T, rtol=1e-2, atol=1e-2)"""
     env = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(ROOT)}
@@ -128,7 +159,7 @@ torch.testing.assert_close(linear(x), x @ (linear.weight * linear.scale[:, None]
 
 def test_rows_anywhere_in_memory():
     "An address that is no multiple of 64 crashes torch 2.13's int8 kernel, and with it the process."
-    code = ("import torch; from paligemma_nb.speed import Int8Linear; torch.manual_seed(0)\n"
+    code = ("import torch; from paligemma_nb.quantization import Int8Linear; torch.manual_seed(0)\n"
             "for n, k in ((1587, 192), (128, 192), (130, 200)):\n"
             "    l, base = Int8Linear(torch.randn(n, k).bfloat16()), torch.randn(4, k + 9).bfloat16()\n"
             "    for i in range(9): assert torch.equal(l(base[:, i:i + k]), l(base[:, i:i + k].clone()))\n"
@@ -156,23 +187,24 @@ def random_model(config, dtype):
     return model.to(dtype)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, .05)])
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_few_rows_and_many_agree(shapes, weights):
-    "A cached step takes the kernel, a prefill unpacks: both must be the same model."
+def test_few_rows_and_many_agree(shapes, weights, dtype, tolerance):
+    "A cached step takes the kernel, a prefill is multiplied in bytes: both must be the same model."
     case, config = shapes
-    model = quantize(random_model(config, torch.float32), weights)
+    model = quantize(random_model(config, dtype), weights)
     assert weights_of(model) == weights
-    inputs = batch(case)
+    inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch(case).items()}
     text, (rows, t) = config.text_config, inputs["input_ids"].shape
     with torch.no_grad():
         whole = model(**inputs).logits
-        cache = KVCache(text.num_hidden_layers, rows, text.num_key_value_heads, t, text.head_dim)
+        cache = KVCache(text.num_hidden_layers, rows, text.num_key_value_heads, t, text.head_dim, dtype)
         first = {name: x if name == "pixel_values" else x[:, :-5] for name, x in inputs.items()}
         steps = [model(**first, kv_cache=cache, logits_to_keep=1).logits]
         for i in range(t - 5, t - 1):
             mask = inputs["attention_mask"][:, :i + 1]
             steps.append(model(inputs["input_ids"][:, i:i + 1], attention_mask=mask, kv_cache=cache).logits)
-    assert relative(torch.cat(steps, dim=1), whole[:, -6:-1]) < 1e-5
+    assert relative(torch.cat(steps, dim=1), whole[:, -6:-1].float()) < tolerance
 
 
 def test_what_is_rounded(shapes):
@@ -220,17 +252,18 @@ def test_nothing_is_packed_where_it_does_not_pay():
     assert weights_of(model) == "float32" and not any(isinstance(m, PackedLinear) for m in model.modules())
 
 
-def test_quality_on_the_shipped_model(scenes):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_quality_on_the_shipped_model(scenes, dtype):
     "Rounding costs something, eight bits less than four: measured on true captions of scenes that it never saw."
     captions = [make_scene(HELD_OUT + i).caption for i in range(len(scenes))]
     model, processor = load_model(device="cpu")
     inputs = processor(scenes, ["caption en"] * len(scenes), suffix=captions)
     labels, divergence = inputs.pop("labels"), {}
     def log_probs(model): # of the tokens that follow each other in the captions
-        with torch.no_grad(): return model(**inputs).logits[:, :-1][labels[:, 1:] != -100].log_softmax(dim=-1)
+        with torch.no_grad(): return model(**inputs).logits[:, :-1][labels[:, 1:] != -100].float().log_softmax(dim=-1)
     expected = log_probs(model)
     for weights in ("int8", "int4"):
-        got = log_probs(open_model(device="cpu", weights=weights)[0])
+        got = log_probs(open_model(device="cpu", dtype=dtype, weights=weights)[0])
         divergence[weights] = nn.functional.kl_div(got, expected, log_target=True, reduction="batchmean").item()
     assert 0 < divergence["int8"] < .2 * divergence["int4"] < .1, divergence
 
@@ -323,8 +356,8 @@ def test_settings_that_do_not_fit_the_file(small):
 
 
 def test_both_commands(tmp_path, capsys):
-    tiny = Path(speed.__file__).parent/"tiny"
-    command = [sys.executable, "-m", "paligemma_nb.speed", "quantize", str(tiny)]
+    tiny = Path(quantization.__file__).parent/"tiny"
+    command = [sys.executable, "-m", "paligemma_nb.quantization", "quantize", str(tiny)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     def run(*arguments):
         return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=env)
