@@ -30,15 +30,15 @@ def can_multiply_bytes() -> bool: # with instructions for it; elsewhere `torch._
 # %% ../nbs/16_quantization.ipynb #40ae192b
 def in_bytes(
     x: Tensor,    # [m, in]
-    limit: float, # of a row's largest number, in units of its root mean square
-) -> tuple[Tensor, Tensor, Tensor]: # int8 [m + k, in], steps [m, 1] and the numbers [k] of the rows beyond the limit
+    limit: float, # of a row's peak: its largest number, in units of its root mean square
+) -> tuple[Tensor, Tensor, Tensor]: # int8 [m + k, in], steps [m, 1] and the indices [k] of the rows beyond the limit
     "Each row in steps, -127 … 127; then, for those k rows, what was left, in steps that are 254 times as fine."
     def part(rows):
         step = rows.abs().amax(dim=1, keepdim=True).float().div_(127).clamp_min_(1e-30)  # of a row of zeros, too
-        left = rows / step
-        whole = left.round()
-        twice = torch.linalg.vector_norm(left, dim=1) * limit < 127 * rows.shape[1]**.5
-        rest = left[twice].sub_(whole[twice]).mul_(254).round_()
+        scaled = rows / step
+        whole = scaled.round()
+        twice = torch.linalg.vector_norm(scaled, dim=1) * limit < 127 * rows.shape[1]**.5
+        rest = scaled[twice].sub_(whole[twice]).mul_(254).round_()
         return whole.to(torch.int8), rest.to(torch.int8), step, twice
     # a few rows at a time, as the numbers between need memory
     whole, rest, step, twice = zip(*map(part, x.split(max(1, 2**18 // x.shape[1]))))
@@ -66,11 +66,12 @@ def _tall_product(x, small, out_features): # [m, in], Int8Linear or Int4Linear -
     dtype = torch.int8 if x.dtype != torch.float32 and can_multiply_bytes() else x.dtype
     if dtype == torch.int8: numbers, step, twice = in_bytes(x, small.limit)
     out, start = x.new_empty(len(x), out_features), 0
-    for weight, scale in small.unpack(dtype, 2**22 // x.shape[1]):  # [in, n] and [n]: some millions of weights
+    for weight, scale in small.unpack(dtype, 2**22 // max(x.shape)):  # [in, n] and [n]: some millions of numbers
         part = out[:, start:(start := start + len(scale))]
         if dtype == torch.int8:
             sums = torch._int_mm(numbers, weight, out=_scratch(torch.int32, len(numbers), len(scale)))
-            total = sums[:len(x)].float().index_add_(0, twice, sums[len(x):].float(), alpha=1 / 254)
+            total = _scratch(torch.float32, len(x), len(scale)).copy_(sums[:len(x)])
+            total.index_add_(0, twice, sums[len(x):].float(), alpha=1 / 254)
             part.copy_(total.mul_(step).mul_(scale))
         else: torch.mm(x, weight, out=part).mul_(scale)
     return out
@@ -78,7 +79,7 @@ def _tall_product(x, small, out_features): # [m, in], Int8Linear or Int4Linear -
 # %% ../nbs/16_quantization.ipynb #b6
 class Int8Linear(nn.Module):
     "A linear map in eight bits: each row of the weight is whole numbers, -127 … 127, times a scale of its own."
-    few = 8    # rows up to which PyTorch's kernel wins, but not in float32
+    few = 8    # rows up to which PyTorch's kernel wins, in bfloat16
     limit = 8  # for `in_bytes`: a row of inputs loses at most twice as much as the weights
 
     def __init__(self, weight: Tensor): # [out, in], of any float dtype
@@ -94,14 +95,15 @@ class Int8Linear(nn.Module):
 
     def unpack(self, dtype: torch.dtype, n: int): # of n outputs at a time the weight [in, n] and what a step is worth
         for weight, scale in zip(self.weight.split(n), self.scale.split(n)):
-            yield (weight if dtype == torch.int8 else _scratch(dtype, *weight.shape).copy_(weight)).t(), scale
+            if dtype == torch.int8: yield weight.t(), scale
+            else: yield _scratch(dtype, *weight.shape).copy_(weight).mul_(scale[:, None]).t(), torch.ones_like(scale)
 
     def forward(self, x: Tensor) -> Tensor: # [..., in] -> [..., out]
         rows = _rows(x)
-        if len(rows) <= self.few and x.dtype != torch.float32 and rows.shape[1] % 64 == 0:  # other widths crash it, too
+        if len(rows) <= self.few and x.dtype == torch.bfloat16 and rows.shape[1] % 64 == 0:  # others crash it, too
             out = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else: out = _tall_product(rows, self, len(self.weight))
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], out.shape[1])
 
 
 class Int8Embedding(Int8Linear):
@@ -137,7 +139,7 @@ def int4_rows() -> int | None: # in a block that this processor's kernel reads (
 def int4_parts(
     weight: Tensor,     # uint8 [out / rows, in, rows / 2], of `pack_int4`
     scale_zero: Tensor, # [in / group_size, out, 2]: what a step is worth, and the value that 8 stands for
-    dtype: torch.dtype, # of the result: torch.int8, or a float without another rounding
+    dtype: torch.dtype, # of the result: torch.int8, or a float, in whose digits the weights are then rounded
     n: int,             # outputs at a time, about; they are overwritten by the next
 ): # yields numbers [in, n] and what one of them is worth [n]
     rows, as_bytes = 2 * weight.shape[2], dtype == torch.int8
@@ -196,11 +198,11 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: # [..., in] -> [..., out]
         rows = _rows(x)
-        if len(rows) <= self.few and x.dtype != torch.float32 and int4_rows() == self.block_rows:
+        if len(rows) <= self.few and x.dtype == torch.bfloat16 and int4_rows() == self.block_rows:
             packed = self.weight.view(-1, rows.shape[1] // 2)  # [out, in / 2]
             out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, self.group_size, self.scale_zero)
         else: out = _tall_product(rows, self, self.scale_zero.shape[1])
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], out.shape[1])
 
 # %% ../nbs/16_quantization.ipynb #b11
 class Int4Embedding(Int4Linear):
@@ -239,6 +241,7 @@ def quantize(
     if weights not in ("int8", "int4"): raise ValueError(f"weights: expected 'int8' or 'int4', got {weights!r}")
     if group_size not in (32, 64, 128, 256):
         raise ValueError(f"group_size: expected 32, 64, 128 or 256, got {group_size}")
+    if rows not in (None, 32, 64): raise ValueError(f"rows: expected 32 or 64, got {rows}")
     text = model.language_model.model
     if text.norm.weight.device.type not in ("cpu", "meta"):
         raise ValueError(f"int8 and int4 weights run on the CPU; this model is on {text.norm.weight.device}")

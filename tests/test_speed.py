@@ -72,7 +72,8 @@ def test_int4_is_near_and_its_products_are_exact(dtype, group_size, rows):
     linear.limit = 0
     for shape in ((1,), (Int4Linear.few,), (Int4Linear.few + 1,), (3, 1, 20)):
         x = torch.randn(*shape, 512).to(dtype)
-        by_kernel = x[..., 0].numel() <= Int4Linear.few and int4_rows() == rows  # else weights are rounded once more, to bytes
+        # else the weights are rounded once more, to bytes
+        by_kernel = x[..., 0].numel() <= Int4Linear.few and int4_rows() == rows and dtype == torch.bfloat16
         tolerance = TOLERANCE[dtype] if by_kernel or dtype == torch.float32 else max(TOLERANCE[dtype], 1.2e-2)
         assert relative(linear(x), x.float() @ dense4(linear).T) < tolerance
     before = dense4(linear)
@@ -80,13 +81,14 @@ def test_int4_is_near_and_its_products_are_exact(dtype, group_size, rows):
     assert linear.block_rows == 96 - rows and torch.equal(dense4(linear), before)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 1e-2)])
 @pytest.mark.parametrize("bytes_", [True, False])
 def test_large_weights_are_multiplied_in_parts(dtype, tolerance, bytes_, monkeypatch):
     if not bytes_: monkeypatch.setattr(quantization, "can_multiply_bytes", lambda: False)  # another processor's way
     torch.manual_seed(0)
-    x = torch.randn(150, 4096).to(dtype)  # more rows, too, than are rounded at a time
-    for linear, dense in ((Int8Linear(torch.randn(1602, 4096)), dense8), (Int4Linear(torch.randn(1088, 4096)), dense4)):
+    x = torch.randn(150, 4096).mul(20).to(dtype)  # more rows, too, than are rounded at a time
+    weights = torch.randn(1602, 4096).to(dtype) * .02, torch.randn(1088, 4096).to(dtype) * .02
+    for linear, dense in ((Int8Linear(weights[0]), dense8), (Int4Linear(weights[1]), dense4)):
         linear.limit = 0
         assert relative(linear(x), x.float() @ dense(linear).T) < tolerance
 
@@ -126,6 +128,11 @@ def test_tables(rows):
         assert relative(small.attend(table[:2]), table[:2] @ dense(small).T) < 1e-5
 
 
+def test_no_rows():
+    for linear in (Int8Linear(torch.randn(64, 128).bfloat16()), Int4Linear(torch.randn(64, 128).bfloat16())):
+        assert linear(torch.zeros(0, 128).bfloat16()).shape == (0, 64)
+
+
 def test_rows_of_one_value_stay_finite():
     for constant in (0., 2.):
         weight = torch.full((64, 64), constant, dtype=torch.bfloat16)
@@ -145,13 +152,14 @@ def test_int4_blocks(rows):
 def test_other_processors(capability):
     "torch takes the kernels of an older processor if it is told to: layouts and products must fit those, too."
     code = """import torch; from paligemma_nb.quantization import *
-torch.manual_seed(0); w, x = torch.randn(192, 128).half(), torch.randn(3, 128).half()
+torch.manual_seed(0); w, x = torch.randn(192, 128).bfloat16(), torch.randn(3, 128).bfloat16()
 for rows in {32, 64, int4_rows() or 64}:
     linear = Int4Linear(w, 64, rows)
     expected = linear(x.float())
     assert (linear(x) - expected).abs().max() < .02 * expected.abs().max()
 linear = Int8Linear(w)
-torch.testing.assert_close(linear(x), x @ (linear.weight * linear.scale[:, None]).T, rtol=1e-2, atol=1e-2)"""
+expected = linear(x.float())
+assert (linear(x) - expected).abs().max() < .01 * expected.abs().max()"""
     env = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
@@ -338,7 +346,8 @@ def test_packed_weights_are_not_saved(tmp_path):
     dict(quant_method="gptq", bits=4), {}, [], "int4", dict(quant_method="paligemma_nb"),
     dict(quant_method="paligemma_nb", weights="int3"),
     dict(quant_method="paligemma_nb", weights="int4", group_size="64"),
-    dict(quant_method="paligemma_nb", weights="int4", rows=7)])
+    dict(quant_method="paligemma_nb", weights="int4", rows=7),
+    dict(quant_method="paligemma_nb", weights="int4", rows=8)])
 def test_settings_that_make_no_sense(small, settings):
     edit(small/"config.json", quantization_config=settings)
     refused(lambda: open_model(small), small/"config.json", "quantization_config")
