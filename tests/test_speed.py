@@ -1,29 +1,47 @@
 "Packed and quantised weights: the same products, the same answers, and folders that open without the original."
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
+import threading
+import warnings
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from paligemma_nb import inference, quantization
+from paligemma_nb import inference, quantization, speed
 from paligemma_nb.checkpoint import WEIGHTS, empty_model, load_model, save_model
 from paligemma_nb.generation import generate
 from paligemma_nb.kv_cache import KVCache
 from paligemma_nb.paligemma import PaliGemmaForConditionalGeneration
-from paligemma_nb.quantization import (Int4Embedding, Int4Linear, Int8Embedding, Int8Linear, in_bytes, int4_rows,
-                                       pack_int4, quantize, save_quantized, unpack_int4, weights_of)
+from paligemma_nb.quantization import (Int4Embedding, Int4Linear, Int8Embedding, Int8Linear, Kernels,
+                                       in_bytes, int4_rows, kernels, pack_int4, quantize,
+                                       save_quantized, unpack_int4, weights_of)
 from paligemma_nb.scenes import HELD_OUT, make_scene
-from paligemma_nb.speed import PackedLinear, can_pack, open_model, pack
+from paligemma_nb.speed import (PackedInt8Linear, PackedLinear, WideLinear, can_pack, open_model,
+                                pack)
 from test_parity import CASES, batch
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # of a product, to its largest entry
 packs = pytest.mark.skipif(not can_pack(torch.zeros(1, 1, dtype=torch.bfloat16)), reason="no bfloat16 kernels here")
+
+
+needs_bytes = pytest.mark.skipif(not kernels().packed_bytes, reason="no products of bytes here")
+
+
+@pytest.fixture
+def processor_of(monkeypatch):
+    "Sets what the processor can do, as far as its choices go: the kernels themselves stay."
+    def override(**found):
+        for module in (quantization, speed): monkeypatch.setattr(module, "kernels", lambda: Kernels(**found))
+    return override
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +72,7 @@ def test_int8_is_near_and_its_products_are_exact(dtype, outputs, inputs):
     steps = (dense8(linear) - weight.float()).abs() / linear.scale.float()[:, None]
     assert steps.max() < (.51 if dtype != torch.bfloat16 else .76)  # half, and the scale's rounding
     linear.limit = 0  # every row of inputs in 16 bits
-    for shape in ((1,), (Int8Linear.few,), (Int8Linear.few + 1,), (2, 3), (3, 1, 20)):
+    for shape in ((1,), (linear.few,), (linear.few + 1,), (2, 3), (3, 1, 20)):
         x = torch.randn(*shape, inputs).to(dtype)
         assert relative(linear(x), x.float() @ dense8(linear).T) < TOLERANCE[dtype]
 
@@ -82,9 +100,9 @@ def test_int4_is_near_and_its_products_are_exact(dtype, group_size, rows):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 1e-2)])
-@pytest.mark.parametrize("bytes_", [True, False])
-def test_large_weights_are_multiplied_in_parts(dtype, tolerance, bytes_, monkeypatch):
-    if not bytes_: monkeypatch.setattr(quantization, "can_multiply_bytes", lambda: False)  # another processor's way
+@pytest.mark.parametrize("bfloat16, bytes_", list(product([True, False], repeat=2)))
+def test_large_weights_are_multiplied_in_parts(dtype, tolerance, bfloat16, bytes_, processor_of):
+    processor_of(bfloat16=bfloat16, bytes=bytes_ and kernels().bytes, packed_bytes=False)
     torch.manual_seed(0)
     x = torch.randn(150, 4096).mul(20).to(dtype)  # more rows, too, than are rounded at a time
     weights = torch.randn(1602, 4096).to(dtype) * .02, torch.randn(1088, 4096).to(dtype) * .02
@@ -165,6 +183,126 @@ assert (linear(x) - expected).abs().max() < .01 * expected.abs().max()"""
     assert done.returncode == 0, done.stderr
 
 
+ISAS = ("AVX2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_whichever_kernels_onednn_has(isa):
+    """oneDNN can be told to do without newer instructions. Whatever is chosen then, products are
+    right; bytes above all, which an older processor adds up wrongly."""
+    code = """import torch; from torch import nn
+from paligemma_nb.quantization import *; from paligemma_nb.speed import *
+from paligemma_nb.quantization import _call
+torch.manual_seed(0); w, x = torch.randn(192, 256).bfloat16(), torch.randn(70, 256).bfloat16()
+plain = nn.Linear(256, 192, dtype=torch.bfloat16).requires_grad_(False); plain.weight.copy_(w)
+found, exact = kernels(), x.float() @ w.float().T + plain.bias.float()
+modules = [(WideLinear(plain), .01)]
+if can_pack(w): modules += [(PackedLinear(w, plain.bias), .01)]
+small = Int8Linear(w)
+modules += [(lambda x, m=m: m(x) + plain.bias, .05) for m in
+            [small] + ([PackedInt8Linear(small)] if found.packed_bytes else [])]
+for rows in (1, 8, 9, 70):
+    for module, tolerance in modules:
+        off = module(x[:rows]).float() - exact[:rows]
+        assert off.norm() < tolerance * exact[:rows].norm(), (rows, module, found)
+a, b = (torch.full((n, 1024), 127, dtype=torch.int8) for n in (64, 32))  # sums beyond sixteen bits
+if found.bytes: assert (torch._int_mm(a, b.t()) == 127 * 127 * 1024).all()
+print(found)"""
+    env = os.environ | {"ONEDNN_MAX_CPU_ISA": isa, "PYTHONPATH": str(ROOT)}
+    if isa == "AVX2": env |= {"ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "Kernels(" in done.stdout, done.stderr
+
+
+HIDDEN = [(torch, "_int_mm"), (torch, "_weight_int8pack_mm"),
+          (torch.ops.aten, "_weight_int4pack_mm_for_cpu"), (torch.ops.onednn, "qlinear_prepack"),
+          (torch.ops.onednn, "qlinear_pointwise"), (torch.ops.mkldnn, "_linear_pointwise"),
+          (torch.ops.mkldnn, "_reorder_linear_weight")]
+
+
+@pytest.mark.parametrize("hidden", [*([h] for h in HIDDEN), HIDDEN], ids=lambda h: "+".join(n for _, n in h))
+def test_a_build_without_private_operations(hidden, monkeypatch, scenes):
+    "They may go with any release of PyTorch: something else then does the work."
+    def gone(*args, **kwargs): raise AttributeError("no such operation")
+    for cached in (quantization.kernels, int4_rows, speed._has_packing): cached.cache_clear()
+    try:
+        for place, name in hidden:
+            if place is torch: monkeypatch.delattr(place, name)
+            else: monkeypatch.setattr(place, name, gone)
+        for weights in (None, "int8", "int4"):
+            model, processor = open_model(device="cpu", dtype="bfloat16", weights=weights)
+            inputs = processor(scenes[:2], ["caption en"] * 2)
+            got = processor.decode(generate(model, inputs, max_new_tokens=30))
+            assert got[0].startswith("a yellow star, a blue circle"), (weights, got)
+    finally:
+        monkeypatch.undo()
+        for cached in (quantization.kernels, int4_rows, speed._has_packing): cached.cache_clear()
+
+
+def test_choices_follow_the_kernels(processor_of):
+    "Each kind of processor gets its own modules; in float32 nothing is laid out."
+    def kinds(weights, dtype="bfloat16"):
+        model = open_model(device="cpu", dtype=dtype, weights=weights)[0]
+        return {type(m).__name__ for m in model.language_model.model.layers.modules()}
+    processor_of(bfloat16=True, bytes=True, packed_bytes=True)
+    assert "PackedInt8Linear" in kinds("int8") and "PackedLinear" in kinds(None)
+    processor_of(bfloat16=False, bytes=False, packed_bytes=False)
+    assert "Int8Linear" in kinds("int8") and "WideLinear" in kinds(None)
+    assert not {"PackedLinear", "PackedInt8Linear"} & (kinds("int8") | kinds(None))
+    assert not {"WideLinear", "PackedLinear"} & kinds(None, "float32")
+
+
+@pytest.mark.parametrize("shape", [(1,), (8,), (9,), (2, 40), (0,)])
+def test_wide_products(shape):
+    "Weights in bfloat16, widened block by block: no less exact than float32 with the same weights."
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 1100, dtype=torch.bfloat16)
+    x = torch.randn(*shape, 96).bfloat16()
+    got, expected = WideLinear(linear)(x), nn.functional.linear(x.float(), linear.weight.float(), linear.bias.float())
+    torch.testing.assert_close(got.float(), expected, rtol=8e-3, atol=1e-3)
+
+
+@needs_bytes
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1,), (8,), (9,), (3, 1, 20), (0,)])
+def test_packed_bytes_are_exact(shape, dtype):
+    torch.manual_seed(0)
+    small = Int8Linear(torch.randn(130, 200).to(dtype))
+    small.limit = 0
+    x, packed = torch.randn(*shape, 200).to(dtype), PackedInt8Linear(small)
+    got, expected = packed(x), x.float() @ dense8(small).T
+    assert got.shape == (*shape, 130) and got.dtype == dtype
+    if len(x): assert relative(got, expected) < TOLERANCE[dtype]
+
+
+@needs_bytes
+def test_few_rows_keep_sixteen_bits():
+    "Up to eight rows a second row of bytes costs nothing, so that inputs lose nothing."
+    torch.manual_seed(0)
+    small, x = Int8Linear(torch.randn(256, 512).bfloat16()), torch.randn(40, 512).bfloat16()
+    packed, expected = PackedInt8Linear(small), x.float() @ dense8(small).T
+    few, many = relative(packed(x[:8]), expected[:8]), relative(packed(x), expected)
+    assert few < 5e-3 < many
+
+
+def test_scratch_memory_is_a_threads_own():
+    "A product that reads what another thread has written there would be wrong without a word."
+    places, both = [], threading.Barrier(2)
+    def take():
+        places.append(quantization._scratch("product", torch.float32, 8, 8).data_ptr())
+        both.wait()  # both are alive, so that memory that was given back is not given out again
+    threads = [threading.Thread(target=take) for _ in range(2)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    assert len(set(places)) == 2
+
+
+def test_names_do_not_share_scratch_memory():
+    a, b = (quantization._scratch(name, torch.float32, 4) for name in ("weight", "product"))
+    a.fill_(1), b.fill_(2)
+    assert a.sum() == 4
+
+
 def test_rows_anywhere_in_memory():
     "An address that is no multiple of 64 crashes torch 2.13's int8 kernel, and with it the process."
     code = ("import torch; from paligemma_nb.quantization import Int8Linear; torch.manual_seed(0)\n"
@@ -201,7 +339,8 @@ def test_few_rows_and_many_agree(shapes, weights, dtype, tolerance):
     "A cached step takes the kernel, a prefill is multiplied in bytes: both must be the same model."
     case, config = shapes
     model = quantize(random_model(config, dtype), weights)
-    assert weights_of(model) == weights
+    assert model.quantization["weights"] == weights
+    if dtype == torch.bfloat16: pack(model)
     inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch(case).items()}
     text, (rows, t) = config.text_config, inputs["input_ids"].shape
     with torch.no_grad():
@@ -283,10 +422,11 @@ def test_quality_on_the_shipped_model(scenes, dtype):
 def test_saved_and_opened_again(tmp_path, scenes, dtype, weights, group_size):
     model, processor = load_model(device="cpu", dtype=dtype)
     save_quantized(quantize(model, weights, group_size), processor, tmp_path/"small")
+    opened, its_processor = quantization.load_quantized(tmp_path/"small")
+    assert weights_of(opened) == weights_of(model)
+    for name, x in opened.state_dict().items(): assert torch.equal(x, model.state_dict()[name])
     opened, its_processor = open_model(tmp_path/"small")
-    assert weights_of(opened) == weights
-    for name, x in opened.state_dict().items():  # what is packed is no parameter any more
-        assert torch.equal(x, model.state_dict()[name])
+    assert weights_of(opened) == weights_of(model) and weights in weights_of(model)
     inputs = processor(scenes[:3], ["caption en"] * 3)
     got, expected = its_processor.decode(generate(opened, inputs)), processor.decode(generate(model, inputs))
     assert got == expected or dtype == "bfloat16" and sum(map(str.__eq__, got, expected)) >= 2
@@ -338,8 +478,73 @@ def test_what_is_refused(small, tmp_path):
 @packs
 def test_packed_weights_are_not_saved(tmp_path):
     model, processor = open_model(device="cpu", dtype="bfloat16", weights="int8")
-    refused(lambda: save_quantized(model, processor, tmp_path/"x"), "as `quantize` leaves it")
+    refused(lambda: save_quantized(model, processor, tmp_path/"x"), "packed weights", "saved")
     assert not (tmp_path/"x").exists()
+
+
+STATES = dict(deepcopy=copy.deepcopy, pickle=pickle.dumps, float=lambda m: m.float(),
+              half=lambda m: m.half(), dtype=lambda m: m.to(torch.float64), meta=lambda m: m.to("meta"),
+              state_dict=lambda m: m.state_dict(), load=lambda m: m.load_state_dict({}))
+
+
+@packs
+@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("change", STATES)
+def test_packed_models_say_what_they_cannot(change, weights):
+    if weights and not kernels().packed_bytes: pytest.skip("no products of bytes here")
+    model, processor = open_model(device="cpu", dtype="bfloat16", weights=weights)
+    refused(lambda: STATES[change](model), "packed weights", "open the folder again, without packing")
+
+
+@packs
+def test_what_leaves_a_packed_model_as_it_is_may_be_said(scenes):
+    model, processor = open_model(device="cpu", dtype="bfloat16")
+    inputs = processor(scenes[:1], ["caption en"])
+    expected = generate(model, inputs)
+    for same in (model.to("cpu"), model.to(torch.bfloat16), model.bfloat16(), model.eval(), model.cpu()):
+        assert same is model and torch.equal(generate(same, inputs), expected)
+
+
+def test_small_weights_stay_on_the_cpu():
+    model = quantize(load_model(device="cpu", dtype="bfloat16")[0], "int8")
+    moved = []
+    def to_elsewhere(x): moved.append(x); return x.new_empty(0, device="meta") if len(moved) > 1 else Elsewhere()
+    class Elsewhere: device = torch.device("cuda")
+    layer = model.language_model.model.layers[0].self_attn.q_proj
+    refused(lambda: layer._apply(to_elsewhere), "run on the CPU, not on cuda", "load the model without them")
+    assert len(moved) == 1  # asked before anything was moved
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied.float().language_model.model.embed_tokens.weight,
+                       model.language_model.model.embed_tokens.weight)
+
+
+def test_what_was_asked_for_is_kept_whatever_the_sides(tmp_path):
+    "No side is a multiple of 64: every matrix gets eight bits, and the folder is still one of int4."
+    config = replace(next(iter(CASES.values())).config)
+    config = replace(config, text_config=replace(config.text_config, hidden_size=60, intermediate_size=100))
+    model = quantize(random_model(config, torch.bfloat16), "int4")
+    assert not any(isinstance(m, Int4Linear) for m in model.modules())
+    assert weights_of(model).startswith("int4 (") and "eight bits" in weights_of(model)
+    assert model.quantization["weights"] == "int4"
+
+
+def test_saved_as_int4_opens_as_int4(tmp_path, processor_of):
+    model, processor = load_model(device="cpu", dtype="bfloat16")
+    save_quantized(quantize(model, "int4", 256), processor, tmp_path/"x")  # 192 wide: mostly eight bits
+    assert open_model(tmp_path/"x", weights="int4")[0].quantization["weights"] == "int4"
+
+
+@pytest.mark.parametrize("dtype, weights, pays, expected", [
+    ("float32", "int8", True, "in float32, int8 weights save memory and no time"),
+    ("bfloat16", "int4", False, "on this processor int4 weights save memory"),
+    ("bfloat16", "int4", True, None), ("bfloat16", "int8", False, None), ("bfloat16", None, False, None)])
+def test_opening_says_where_small_weights_do_not_pay(dtype, weights, pays, expected, monkeypatch):
+    monkeypatch.setattr(speed, "int4_pays", lambda: pays)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        open_model(device="cpu", dtype=dtype, weights=weights)
+    said = [str(w.message) for w in caught if w.category is UserWarning]
+    assert len(said) == bool(expected) and (not expected or said[0].startswith(expected)), said
 
 
 @pytest.mark.parametrize("settings", [
