@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from .checkpoint import find_folder, load_model, read_quantization
 from .gemma import GemmaEmbedding, GemmaMLP
+from .kernels import (PackedBytes, _call, _with_rest, in_bytes, kernels,
+                                  wide_linear)
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
-from .quantization import (Int4Linear, Int8Linear, PackedBytes, in_bytes, int4_pays, kernels,
-                                       load_quantized, quantize, replace_modules, stay_on_cpu,
-                                       weights_of, _call, _scratch, _with_rest)
+from .quantization import (Int8Linear, int4_pays, load_quantized, quantize,
+                                       replace_modules, stay_on_cpu, weights_of)
 from .siglip import SiglipMLP
 
 # %% ../nbs/22_speed.ipynb #b1
@@ -87,12 +88,7 @@ class WideLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor: # [..., in] -> [..., out]
         if x[..., 0].numel() <= self.few: return super().forward(x)
-        rows, outs = x.reshape(-1, x.shape[-1]).float(), []
-        for i, weight in enumerate(self.weight.split(512)):  # a block fits the cache
-            wide = _scratch("weight", torch.float32, *weight.shape).copy_(weight)
-            bias = None if self.bias is None else self.bias[512 * i:512 * (i + 1)].float()
-            outs.append(F.linear(rows, wide, bias).to(x.dtype))
-        return torch.cat(outs, dim=-1).view(*x.shape[:-1], -1)
+        return wide_linear(x, self.weight, self.bias)
 
 # %% ../nbs/22_speed.ipynb #b2s
 class PackedInt8Linear(Packed):

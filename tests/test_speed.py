@@ -15,14 +15,15 @@ import pytest
 import torch
 from torch import nn
 
-from paligemma_nb import inference, quantization, speed
+from paligemma_nb import inference, kernels as kernels_room, quantization, speed
 from paligemma_nb.checkpoint import WEIGHTS, empty_model, load_model, save_model
 from paligemma_nb.generation import generate
 from paligemma_nb.kv_cache import KVCache
 from paligemma_nb.paligemma import PaliGemmaForConditionalGeneration
-from paligemma_nb.quantization import (Int4Embedding, Int4Linear, Int8Embedding, Int8Linear, Kernels,
-                                       in_bytes, int4_rows, kernels, pack_int4, quantize,
-                                       save_quantized, unpack_int4, weights_of)
+from paligemma_nb.kernels import Kernels, in_bytes, kernels
+from paligemma_nb.quantization import (Int4Embedding, Int4Linear, Int8Embedding, Int8Linear,
+                                       int4_rows, pack_int4, quantize, save_quantized,
+                                       unpack_int4, weights_of)
 from paligemma_nb.scenes import HELD_OUT, make_scene
 from paligemma_nb.speed import (PackedInt8Linear, PackedLinear, WideLinear, can_pack, open_model,
                                 pack)
@@ -191,8 +192,8 @@ def test_whichever_kernels_onednn_has(isa):
     """oneDNN can be told to do without newer instructions. Whatever is chosen then, products are
     right; bytes above all, which an older processor adds up wrongly."""
     code = """import torch; from torch import nn
-from paligemma_nb.quantization import *; from paligemma_nb.speed import *
-from paligemma_nb.quantization import _call
+from paligemma_nb.kernels import *; from paligemma_nb.quantization import *
+from paligemma_nb.speed import *
 torch.manual_seed(0); w, x = torch.randn(192, 256).bfloat16(), torch.randn(70, 256).bfloat16()
 plain = nn.Linear(256, 192, dtype=torch.bfloat16).requires_grad_(False); plain.weight.copy_(w)
 found, exact = kernels(), x.float() @ w.float().T + plain.bias.float()
@@ -224,7 +225,7 @@ HIDDEN = [(torch, "_int_mm"), (torch, "_weight_int8pack_mm"),
 def test_a_build_without_private_operations(hidden, monkeypatch, scenes):
     "They may go with any release of PyTorch: something else then does the work."
     def gone(*args, **kwargs): raise AttributeError("no such operation")
-    for cached in (quantization.kernels, int4_rows, speed._has_packing): cached.cache_clear()
+    for cached in (kernels, int4_rows, speed._has_packing): cached.cache_clear()
     try:
         for place, name in hidden:
             if place is torch: monkeypatch.delattr(place, name)
@@ -236,7 +237,7 @@ def test_a_build_without_private_operations(hidden, monkeypatch, scenes):
             assert got[0].startswith("a yellow star, a blue circle"), (weights, got)
     finally:
         monkeypatch.undo()
-        for cached in (quantization.kernels, int4_rows, speed._has_packing): cached.cache_clear()
+        for cached in (kernels, int4_rows, speed._has_packing): cached.cache_clear()
 
 
 def test_choices_follow_the_kernels(processor_of):
@@ -289,7 +290,7 @@ def test_scratch_memory_is_a_threads_own():
     "A product that reads what another thread has written there would be wrong without a word."
     places, both = [], threading.Barrier(2)
     def take():
-        places.append(quantization._scratch("product", torch.float32, 8, 8).data_ptr())
+        places.append(kernels_room._scratch("product", torch.float32, 8, 8).data_ptr())
         both.wait()  # both are alive, so that memory that was given back is not given out again
     threads = [threading.Thread(target=take) for _ in range(2)]
     for thread in threads: thread.start()
@@ -298,7 +299,7 @@ def test_scratch_memory_is_a_threads_own():
 
 
 def test_names_do_not_share_scratch_memory():
-    a, b = (quantization._scratch(name, torch.float32, 4) for name in ("weight", "product"))
+    a, b = (kernels_room._scratch(name, torch.float32, 4) for name in ("weight", "product"))
     a.fill_(1), b.fill_(2)
     assert a.sum() == 4
 
