@@ -35,12 +35,17 @@ def can_pack(
 
 
 @cache
-def _has_packing(): # in this build of PyTorch
-    x = torch.eye(64).bfloat16()
-    got = _call(lambda: PackedLinear(x)(PackedLinear(x)(x, gelu=True), times=x))
+def _has_packing(): # does this build of PyTorch have the operations that `PackedLinear` calls?
+    x = torch.eye(64, dtype=torch.bfloat16)
+
+    def product():
+        ops, packed = torch.ops.mkldnn, torch.ops.mkldnn._reorder_linear_weight(x, 1)
+        gated = ops._linear_pointwise(x, packed, None, "gelu", [], "tanh")
+        return ops._linear_pointwise.binary(gated, x, packed, None, "mul")
+    got = _call(product)
     return got is not None and torch.equal(got, F.gelu(x, approximate="tanh"))
 
-# %% ../nbs/22_speed.ipynb #b2
+# %% ../nbs/22_speed.ipynb #b2p
 class Packed(nn.Module):
     "What holds weights in an order that only this processor's kernels read: it answers, no more."
     def _refuse(self, *args, **kwargs):
@@ -54,7 +59,7 @@ class Packed(nn.Module):
         if moved.dtype != torch.bfloat16 or moved.is_meta: self._refuse()
         return self
 
-
+# %% ../nbs/22_speed.ipynb #b2
 class PackedLinear(Packed):
     "A linear map whose bfloat16 weight has the order in which oneDNN's kernels read it."
     def __init__(self,
