@@ -31,11 +31,16 @@ class KVCache:
         keys: Tensor,    # [b, k, t, d] of the new tokens
         values: Tensor,  # [b, k, t, d]
     ) -> tuple[Tensor, Tensor]: # views [b, k, length + t, d] of all tokens so far
-        if keys.shape[:2] != self.keys.shape[1:3]:  # a batch of one would spread over all rows without a word
-            raise ValueError(f"expected b, k = {list(self.keys.shape[1:3])}, got {list(keys.shape[:2])}")
+        "Raises ValueError for other shapes, and where the new tokens do not fit."
+        b, k, _, d = self.keys.shape[1:]
+        for x in (keys, values):  # a batch of one would spread over all rows without a word
+            if x.shape != (b, k, keys.shape[-2], d):
+                raise ValueError(f"expected keys and values [{b}, {k}, t, {d}], "
+                                 f"got {list(x.shape)}")
         end = self.length + keys.shape[2]
         if end > self.max_length:
-            raise ValueError(f"{keys.shape[2]} tokens do not fit after {self.length} in a cache of {self.max_length}")
+            raise ValueError(f"{keys.shape[2]} tokens do not fit after {self.length} "
+                             f"in a cache of {self.max_length}")
         self.keys[layer_idx, :, :, self.length:end] = keys
         self.values[layer_idx, :, :, self.length:end] = values
         return self.keys[layer_idx, :, :, :end], self.values[layer_idx, :, :, :end]

@@ -51,7 +51,24 @@ class PaliGemmaConfig:
     image_token_index: int  # id of `<image>`
     pad_token_id: int = 0
     bos_token_id: int = 2
-    eos_token_id: int = 1
+    eos_token_id: int | list[int] = 1  # as in the file; of several, each ends an answer
+    # whose codes the model writes: 16 digits of a SHA-256, see `segmentation.mask_vae_id`
+    mask_vae: str | None = None  # None: not known, as in published files
+
+    def __post_init__(self):
+        for name in ("image_token_index", "pad_token_id", "bos_token_id"):
+            if type(i := getattr(self, name)) is not int:
+                raise ValueError(f"{name}: expected an id, got {i!r}")
+        if not self.eos_token_ids or any(type(i) is not int for i in self.eos_token_ids):
+            raise ValueError("eos_token_id: expected an id or a list of ids, "
+                             f"got {self.eos_token_id!r}")
+        if not isinstance(self.mask_vae, str | None):
+            raise ValueError(f"mask_vae: expected 16 hex digits, got {self.mask_vae!r}")
+
+    @property
+    def eos_token_ids(self) -> list[int]: # also where there is one
+        ids = self.eos_token_id
+        return ids if isinstance(ids, list) else [ids]
 
     @classmethod
     def from_dict(cls, d: dict, # the parsed `config.json`, in the spelling of transformers 4 or 5
@@ -64,19 +81,26 @@ class PaliGemmaConfig:
         if text_class is None:
             raise ValueError(f"expected a text_config of model_type 'gemma' or 'gemma2', got {kind!r}")
         if kind == "gemma2": text.setdefault("hidden_activation", "gelu_pytorch_tanh")  # its hidden_act means nothing
-        text.setdefault("rope_theta", (text.get("rope_parameters") or {}).get("rope_theta", 10_000.0))
-        ids = {k: d.get(k, text.get(k)) for k in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
+            raise ValueError(f"text_config: expected rope_type 'default', got {rope_type!r}")
+        text.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))
+        ids = {k: text.get(k) if d.get(k) is None else d[k]
+               for k in ("pad_token_id", "bos_token_id", "eos_token_id")}
         return cls(_from_section(SiglipVisionConfig, "vision_config", d["vision_config"]),
                    _from_section(text_class, "text_config", text), d["image_token_index"],
+                   mask_vae=d.get("mask_vae"),
                    **{k: v for k, v in ids.items() if v is not None})
 
     def to_dict(self) -> dict: # the content of a `config.json` that transformers opens as well
         c = self.text_config.hidden_size
+        known = {} if self.mask_vae is None else dict(mask_vae=self.mask_vae)
         return dict(architectures=["PaliGemmaForConditionalGeneration"], model_type="paligemma",
                     image_token_index=self.image_token_index, pad_token_id=self.pad_token_id,
                     bos_token_id=self.bos_token_id, eos_token_id=self.eos_token_id, tie_word_embeddings=True,
                     hidden_size=c, projection_dim=c,
-                    **_to_sections(self.vision_config, self.text_config, self.pad_token_id))
+                    **known, **_to_sections(self.vision_config, self.text_config,
+                                            self.pad_token_id))
 
 # %% ../nbs/07_paligemma.ipynb #a2686079
 class PaliGemmaMultiModalProjector(nn.Module):
@@ -96,35 +120,77 @@ def merge_image_features(
     image_features: Tensor | None,   # [images, n, c], row by row of the batch
 ) -> Tensor: # [b, t, c]
     "Puts pictures in their places. Raises ValueError unless each row has places for whole pictures, and all are used."
-    counts = is_image.sum(dim=1)
-    found, given = int(counts.sum()), 0 if image_features is None else image_features.shape[:2].numel()
-    if found != given: raise ValueError(f"the prompts hold {found} <image> tokens, but the pictures give {given}")
+    if not torch.compiler.is_compiling(): _check_places(is_image, image_features)
     if image_features is None: return embeds
-    if (counts % image_features.shape[1]).any():
-        raise ValueError(f"a picture takes {image_features.shape[1]} <image> tokens, the rows hold {counts.tolist()}")
+    if image_features.shape[2:] != embeds.shape[2:]:
+        raise ValueError(f"image_features: expected [images, n, {embeds.shape[2]}], as from "
+                         f"get_image_features, got {list(image_features.shape)}")
     return embeds.masked_scatter(is_image[..., None], image_features.to(embeds.dtype))
 
+
+def _check_places(is_image, image_features): # by values, which a compiled graph cannot do
+    counts = is_image.sum(dim=1)
+    found = int(counts.sum())
+    given = 0 if image_features is None else image_features.shape[:2].numel()
+    if found != given:
+        raise ValueError(f"the prompts hold {found} <image> tokens, "
+                         f"but the pictures give {given}")
+    if found and (counts % image_features.shape[1]).any():
+        raise ValueError(f"a picture takes {image_features.shape[1]} <image> tokens, "
+                         f"the rows hold {counts.tolist()}")
+
 # %% ../nbs/07_paligemma.ipynb #76501a46
+def _check_marks(name, marks, shape): # ValueError unless they are of this shape, 0 and 1
+    if marks.shape != shape:
+        raise ValueError(f"{name}: expected {list(shape)}, got {list(marks.shape)}")
+    if marks.is_floating_point(): # 0 would mean the opposite in a mask that is added to scores
+        raise ValueError(f"{name}: expected 0 and 1 as integers or bool, got {marks.dtype}; "
+                         "of an additive mask, where 0 may be seen, pass `mask == 0`")
+    if marks.dtype == torch.bool or torch.compiler.is_compiling(): return
+    if ((marks < 0) | (marks > 1)).any():
+        raise ValueError(f"{name}: expected 0 and 1, found {marks.min()} … {marks.max()}")
+
+
 def prefix_lm_mask(
     token_type_ids: Tensor,                # [b, t]: 0 prefix (sees all of the prefix), 1 suffix (sees what came before)
     attention_mask: Tensor | None = None,  # [b, t]: 0 padding, never looked at; 1 the rest
 ) -> Tensor: # bool [b, 1, t, t]: may query i look at key j?
     "big_vision's `make_attn_mask`: a token sees those whose running count of suffix tokens is not larger than its own."
+    _check_marks("token_type_ids", token_type_ids, token_type_ids.shape)
+    if attention_mask is not None:
+        _check_marks("attention_mask", attention_mask, token_type_ids.shape)
     order = token_type_ids.cumsum(dim=1)
     mask = order[:, None, :] <= order[:, :, None]
     if attention_mask is not None: mask = mask & attention_mask[:, None, :].bool()
     return mask[:, None]
 
 # %% ../nbs/07_paligemma.ipynb #dc5c6f35
+def _check_rows(attention_mask, token_type_ids, past):
+    real = None if attention_mask is None else attention_mask.bool()
+    if real is not None and past == 0 and not (seen := real.any(dim=1)).all():
+        raise ValueError(f"attention_mask: row {seen.int().argmin()} is all padding")
+    if token_type_ids is None: return
+    suffix = token_type_ids.bool()
+    real = torch.ones_like(suffix) if real is None else real[:, past:]
+    begun = (suffix & real).cumsum(dim=1) > 0
+    if (wrong := (begun & real & ~suffix).any(dim=1)).any():
+        raise ValueError("token_type_ids: expected 0 (prefix), then 1 (suffix), "
+                         f"but row {wrong.int().argmax()} has 0 after 1")
+
+
 def decoder_mask(
     input_ids: Tensor,              # [b, t] the new tokens
-    attention_mask: Tensor | None,  # [b, past + t]: 0 marks padding; None: no padding
+    attention_mask: Tensor | None,  # [b, past + t]: 0 padding, 1 the rest; None: no padding
     token_type_ids: Tensor | None,  # [b, t]: 0 prefix, 1 suffix; None: all prefix, or suffix after a cache
     past: int = 0,                  # tokens in the cache
 ) -> Tensor | None: # bool, broadcasts to [b, 1, t, past + t]; None: everyone sees everyone
+    """Raises ValueError for other shapes, for anything but 0 and 1 (or bool), for a row of
+    padding alone, and where a prefix follows a suffix."""
     b, t = input_ids.shape
-    if attention_mask is not None and attention_mask.shape[1] != past + t:
-        raise ValueError(f"attention_mask covers {attention_mask.shape[1]} tokens, expected {past} cached + {t} new")
+    if attention_mask is not None:
+        _check_marks("attention_mask", attention_mask, (b, past + t))
+    if token_type_ids is not None: _check_marks("token_type_ids", token_type_ids, (b, t))
+    if not torch.compiler.is_compiling(): _check_rows(attention_mask, token_type_ids, past)
     if token_type_ids is None and (past == 0 or t == 1):
         return None if attention_mask is None else attention_mask[:, None, None, :].bool()
     if token_type_ids is None: token_type_ids = torch.ones_like(input_ids)
@@ -150,15 +216,28 @@ def sliding_window_mask(
 # %% ../nbs/07_paligemma.ipynb #db68cf10
 def suffix_loss(
     logits: Tensor,  # [b, kept, v], of the last `kept` positions
-    labels: Tensor,  # [b, t], -100 where there is nothing to learn
+    labels: Tensor,  # [b, t] int64 or int32, -100 where there is nothing to learn
 ) -> Tensor: # scalar: mean over all suffix tokens of the batch, as transformers (big_vision averages each row first)
     """Cross-entropy, in float32, of each position on the token that follows it.
-    Raises ValueError if there is no label, or if a label has no logits."""
-    first = labels.shape[1] - logits.shape[1]
-    targets = labels[:, first + 1:]
-    if (labels[:, 1:first + 1] != -100).any():
-        raise ValueError(f"labels reach before the {logits.shape[1]} positions with logits")
-    if not (targets != -100).any(): raise ValueError("every label is -100: there is nothing to learn from this batch")
+    Raises ValueError if there is no label, if one has no logits or is no token, and for labels
+    of another shape or dtype."""
+    b, kept, v = logits.shape
+    if labels.ndim != 2 or len(labels) != b or labels.shape[1] < kept:
+        raise ValueError(f"labels: expected [{b}, {kept} or more], one for each token, "
+                         f"got {list(labels.shape)}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"labels: expected int64, got {labels.dtype}")
+    first = labels.shape[1] - kept
+    targets = labels[:, first + 1:].long()
+    if not torch.compiler.is_compiling(): # what follows looks at values
+        if (labels[:, 1:first + 1] != -100).any():
+            raise ValueError(f"labels reach before the {kept} positions with logits")
+        learnt = targets[targets != -100]
+        if not len(learnt):
+            raise ValueError("every label is -100: there is nothing to learn from this batch")
+        if learnt.min() < 0 or learnt.max() >= v:
+            raise ValueError(f"labels: expected -100 or a token 0 … {v - 1}, "
+                             f"found {learnt.min()} … {learnt.max()}")
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
 # %% ../nbs/07_paligemma.ipynb #d54c8dc9
@@ -178,6 +257,36 @@ class GemmaForCausalLM(nn.Module):
 class PaliGemmaOutput:
     logits: Tensor               # [b, t or logits_to_keep, v]
     loss: Tensor | None = None   # mean cross-entropy over the suffix tokens
+
+# %% ../nbs/07_paligemma.ipynb #a759514c
+def _check_ids(ids, v):
+    if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError("input_ids: expected int64 [b, t], "
+                         f"got {ids.dtype} {list(ids.shape)}")
+    if not torch.compiler.is_compiling() and ((ids < 0) | (ids >= v)).any():
+        raise ValueError(f"input_ids: expected tokens 0 … {v - 1}, "
+                         f"found {ids.min()} … {ids.max()}")
+
+
+def _check_labels(labels, input_ids, attention_mask, token_type_ids, past):
+    if labels.shape != input_ids.shape:
+        raise ValueError(f"labels: expected {list(input_ids.shape)}, a label for each token, "
+                         f"got {list(labels.shape)}")
+    if token_type_ids is None and past == 0:
+        raise ValueError("labels need token_type_ids, as the processor gives with a suffix: "
+                         "without them every token is prefix, and sees what it is to predict")
+    if torch.compiler.is_compiling(): return
+    learnt = labels != -100
+    if past and learnt[:, 0].any():
+        raise ValueError("labels after a cache: the logits for the first token came before, "
+                         "its label must be -100")
+    for name, marks in (("token_type_ids", token_type_ids),
+                        ("attention_mask", attention_mask)):
+        if marks is None: continue
+        if (wrong := learnt & (marks[:, -labels.shape[1]:] == 0)).any():
+            row, place = wrong.nonzero()[0].tolist()
+            raise ValueError(f"labels: expected -100 where {name} is 0, "
+                             f"found {labels[row, place]} in row {row}, place {place}")
 
 # %% ../nbs/07_paligemma.ipynb #1bd61288
 class PaliGemmaForConditionalGeneration(nn.Module):
@@ -202,13 +311,22 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         kv_cache: KVCache | None = None,        # filled in place
         logits_to_keep: int = 0,                # compute logits for so many last positions only; 0: all
         image_features: Tensor | None = None,   # [images, n, c] from `get_image_features`, instead of pixel_values
-    ) -> PaliGemmaOutput: # raises ValueError where pictures and `<image>` tokens do not match
+    ) -> PaliGemmaOutput:
+        "Raises ValueError where inputs do not fit together; labels need `token_type_ids`."
         decoder, is_image = self.language_model.model, input_ids == self.config.image_token_index
-        if pixel_values is not None: image_features = self.get_image_features(pixel_values)
-        embeds = decoder.embed(input_ids.masked_fill(is_image, 0))  # the id of <image> may lie past the table
-        embeds = merge_image_features(embeds, is_image, image_features)
         past = 0 if kv_cache is None else kv_cache.length
+        words = input_ids.masked_fill(is_image, 0)  # the id of <image> may lie past the table
+        _check_ids(words, self.config.text_config.vocab_size)
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep must be 0 or more, got {logits_to_keep}")
         mask = decoder_mask(input_ids, attention_mask, token_type_ids, past)
+        if labels is not None:
+            _check_labels(labels, input_ids, attention_mask, token_type_ids, past)
+        if pixel_values is not None:
+            if image_features is not None:
+                raise ValueError("expected pixel_values or image_features, got both")
+            image_features = self.get_image_features(pixel_values)
+        embeds = merge_image_features(decoder.embed(words), is_image, image_features)
         sliding = sliding_window_mask(mask, input_ids, token_type_ids, past, self.config.text_config.sliding_window)
         hidden = decoder(embeds, mask, kv_cache, sliding, logits_to_keep)
         logits = self.language_model.logits(hidden)

@@ -50,6 +50,9 @@ class SiglipVisionEmbeddings(nn.Module):
         if pixel_values.shape[1:] != self.picture_shape:
             raise ValueError(f"expected pixel_values [b, {', '.join(map(str, self.picture_shape))}], "
                              f"got {list(pixel_values.shape)}")
+        if not pixel_values.is_floating_point():  # bytes 0 … 255 have the same shape
+            raise ValueError(f"expected pixel_values in [-1, 1], got {pixel_values.dtype}: "
+                             "divide bytes by 127.5 and subtract 1")
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # [b, c, s/p, s/p]
         return patches.flatten(2).transpose(1, 2) + self.position_embedding.weight  # [b, n, c]
 
