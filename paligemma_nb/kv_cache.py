@@ -18,8 +18,7 @@ class KVCache:
         num_kv_heads: int,                    # k
         max_length: int,                      # tokens that fit: prompt and answer together
         head_dim: int,                        # d
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
     ):
         shape = (num_layers, batch_size, num_kv_heads, max_length, head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
@@ -31,16 +30,12 @@ class KVCache:
         keys: Tensor,    # [b, k, t, d] of the new tokens
         values: Tensor,  # [b, k, t, d]
     ) -> tuple[Tensor, Tensor]: # views [b, k, length + t, d] of all tokens so far
-        "Raises ValueError for other shapes, and where the new tokens do not fit."
-        b, k, _, d = self.keys.shape[1:]
-        for x in (keys, values):  # a batch of one would spread over all rows without a word
-            if x.shape != (b, k, keys.shape[-2], d):
-                raise ValueError(f"expected keys and values [{b}, {k}, t, {d}], "
-                                 f"got {list(x.shape)}")
-        end = self.length + keys.shape[2]
-        if end > self.max_length:
-            raise ValueError(f"{keys.shape[2]} tokens do not fit after {self.length} "
-                             f"in a cache of {self.max_length}")
+        t, (b, k, _, d) = keys.shape[-2], self.keys.shape[1:]
+        if not keys.shape == values.shape == (b, k, t, d):  # one row would fill all of them
+            raise ValueError(f"expected keys and values [{b}, {k}, t, {d}], "
+                             f"got {list(keys.shape)} and {list(values.shape)}")
+        if (end := self.length + t) > self.max_length:
+            raise ValueError(f"{t} tokens do not fit: {self.length} of {self.max_length} used")
         self.keys[layer_idx, :, :, self.length:end] = keys
         self.values[layer_idx, :, :, self.length:end] = values
         return self.keys[layer_idx, :, :, :end], self.values[layer_idx, :, :, :end]

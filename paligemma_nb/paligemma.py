@@ -32,7 +32,7 @@ def _from_section(cls, section: str, d: dict):
 
 
 def _to_sections(vision: SiglipVisionConfig, text: GemmaConfig, pad_token_id: int) -> dict:
-    "Both sections as transformers 5 spells them, with the settings that are the same for every PaliGemma."
+    "config.json but for ids, as transformers 5 spells it; much is the same for all of them."
     text_section = dataclasses.asdict(text) | dict(
         model_type=text.model_type, hidden_activation="gelu_pytorch_tanh", pad_token_id=pad_token_id,
         rope_parameters=dict(rope_theta=text.rope_theta, rope_type="default"), num_image_tokens=vision.num_image_tokens)
@@ -40,7 +40,37 @@ def _to_sections(vision: SiglipVisionConfig, text: GemmaConfig, pad_token_id: in
     vision_section = dataclasses.asdict(vision) | dict(
         model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh", vision_use_head=False,
         projection_dim=text.hidden_size)
-    return dict(text_config=text_section, vision_config=vision_section)
+    return dict(architectures=["PaliGemmaForConditionalGeneration"], model_type="paligemma",
+                tie_word_embeddings=True, hidden_size=text.hidden_size,
+                projection_dim=text.hidden_size, text_config=text_section,
+                vision_config=vision_section)
+
+# %% ../nbs/07_paligemma.ipynb #4b6af97b
+def _read_text(section: dict) -> GemmaConfig:
+    text, kind = dict(section), section.get("model_type", "gemma")
+    text_class = next((c for c in (GemmaConfig, Gemma2Config) if c.model_type == kind), None)
+    if text_class is None:
+        raise ValueError("expected a text_config of model_type 'gemma' or 'gemma2', "
+                         f"got {kind!r}")
+    if kind == "gemma2":  # its hidden_act means nothing
+        text.setdefault("hidden_activation", "gelu_pytorch_tanh")
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        raise ValueError(f"text_config: expected rope_type 'default', got {rope_type!r}")
+    text.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))
+    return _from_section(text_class, "text_config", text)
+
+
+_IDS = "image_token_index", "pad_token_id", "bos_token_id", "eos_token_id"
+
+def _as_ids(name: str, value: int | list[int]) -> list[int]:
+    "ValueError unless it is an id or, for `eos_token_id`, a list of some."
+    several = name == "eos_token_id"
+    ids = value if several and isinstance(value, list) else [value]
+    if not ids or any(type(i) is not int for i in ids):
+        kind = "an id or a list of ids" if several else "an id"
+        raise ValueError(f"{name}: expected {kind}, got {value!r}")
+    return ids
 
 # %% ../nbs/07_paligemma.ipynb #8cfaf829
 @dataclass
@@ -56,51 +86,26 @@ class PaliGemmaConfig:
     mask_vae: str | None = None  # None: not known, as in published files
 
     def __post_init__(self):
-        for name in ("image_token_index", "pad_token_id", "bos_token_id"):
-            if type(i := getattr(self, name)) is not int:
-                raise ValueError(f"{name}: expected an id, got {i!r}")
-        if not self.eos_token_ids or any(type(i) is not int for i in self.eos_token_ids):
-            raise ValueError("eos_token_id: expected an id or a list of ids, "
-                             f"got {self.eos_token_id!r}")
-        if not isinstance(self.mask_vae, str | None):
-            raise ValueError(f"mask_vae: expected 16 hex digits, got {self.mask_vae!r}")
+        for name in _IDS: _as_ids(name, getattr(self, name))
 
     @property
-    def eos_token_ids(self) -> list[int]: # also where there is one
-        ids = self.eos_token_id
-        return ids if isinstance(ids, list) else [ids]
+    def eos_token_ids(self) -> list[int]: return _as_ids("eos_token_id", self.eos_token_id)
 
     @classmethod
     def from_dict(cls, d: dict, # the parsed `config.json`, in the spelling of transformers 4 or 5
     ) -> "PaliGemmaConfig": # raises ValueError where a size is missing or the kind of model is another
         if missing := sorted({"vision_config", "text_config", "image_token_index"} - d.keys()):
             raise ValueError(f"expected a PaliGemma config, but it lacks {', '.join(missing)}")
-        text = dict(d["text_config"])
-        kind = text.get("model_type", "gemma")
-        text_class = next((c for c in (GemmaConfig, Gemma2Config) if c.model_type == kind), None)
-        if text_class is None:
-            raise ValueError(f"expected a text_config of model_type 'gemma' or 'gemma2', got {kind!r}")
-        if kind == "gemma2": text.setdefault("hidden_activation", "gelu_pytorch_tanh")  # its hidden_act means nothing
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
-            raise ValueError(f"text_config: expected rope_type 'default', got {rope_type!r}")
-        text.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))
-        ids = {k: text.get(k) if d.get(k) is None else d[k]
-               for k in ("pad_token_id", "bos_token_id", "eos_token_id")}
-        return cls(_from_section(SiglipVisionConfig, "vision_config", d["vision_config"]),
-                   _from_section(text_class, "text_config", text), d["image_token_index"],
-                   mask_vae=d.get("mask_vae"),
+        vision, text = d["vision_config"], d["text_config"]
+        ids = {k: text.get(k) if d.get(k) is None else d[k] for k in _IDS[1:]}
+        return cls(_from_section(SiglipVisionConfig, "vision_config", vision),
+                   _read_text(text), d["image_token_index"], mask_vae=d.get("mask_vae"),
                    **{k: v for k, v in ids.items() if v is not None})
 
     def to_dict(self) -> dict: # the content of a `config.json` that transformers opens as well
-        c = self.text_config.hidden_size
-        known = {} if self.mask_vae is None else dict(mask_vae=self.mask_vae)
-        return dict(architectures=["PaliGemmaForConditionalGeneration"], model_type="paligemma",
-                    image_token_index=self.image_token_index, pad_token_id=self.pad_token_id,
-                    bos_token_id=self.bos_token_id, eos_token_id=self.eos_token_id, tie_word_embeddings=True,
-                    hidden_size=c, projection_dim=c,
-                    **known, **_to_sections(self.vision_config, self.text_config,
-                                            self.pad_token_id))
+        ids = {name: getattr(self, name) for name in _IDS}
+        if self.mask_vae is not None: ids["mask_vae"] = self.mask_vae
+        return _to_sections(self.vision_config, self.text_config, self.pad_token_id) | ids
 
 # %% ../nbs/07_paligemma.ipynb #a2686079
 class PaliGemmaMultiModalProjector(nn.Module):
@@ -186,6 +191,8 @@ def decoder_mask(
 ) -> Tensor | None: # bool, broadcasts to [b, 1, t, past + t]; None: everyone sees everyone
     """Raises ValueError for other shapes, for anything but 0 and 1 (or bool), for a row of
     padding alone, and where a prefix follows a suffix."""
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids: expected [b, t], got {list(input_ids.shape)}")
     b, t = input_ids.shape
     if attention_mask is not None:
         _check_marks("attention_mask", attention_mask, (b, past + t))
@@ -259,31 +266,34 @@ class PaliGemmaOutput:
     loss: Tensor | None = None   # mean cross-entropy over the suffix tokens
 
 # %% ../nbs/07_paligemma.ipynb #a759514c
-def _check_ids(ids, v):
-    if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError("input_ids: expected int64 [b, t], "
-                         f"got {ids.dtype} {list(ids.shape)}")
+def _check_inputs(ids, v, pixel_values, image_features, kept):
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids: expected int64, got {ids.dtype}")
     if not torch.compiler.is_compiling() and ((ids < 0) | (ids >= v)).any():
         raise ValueError(f"input_ids: expected tokens 0 … {v - 1}, "
                          f"found {ids.min()} … {ids.max()}")
+    if pixel_values is not None and image_features is not None:
+        raise ValueError("expected pixel_values or image_features, got both")
+    if kept < 0: raise ValueError(f"logits_to_keep must be 0 or more, got {kept}")
 
 
-def _check_labels(labels, input_ids, attention_mask, token_type_ids, past):
-    if labels.shape != input_ids.shape:
-        raise ValueError(f"labels: expected {list(input_ids.shape)}, a label for each token, "
+def _check_labels(labels, attention_mask, token_type_ids, shape, past):
+    if labels is None: return
+    if labels.shape != shape:
+        raise ValueError(f"labels: expected {list(shape)}, a label for each token, "
                          f"got {list(labels.shape)}")
     if token_type_ids is None and past == 0:
-        raise ValueError("labels need token_type_ids, as the processor gives with a suffix: "
-                         "without them every token is prefix, and sees what it is to predict")
+        raise ValueError("labels need token_type_ids, which the processor gives for a suffix: "
+                         "without them every token is prefix and sees what it is to predict")
     if torch.compiler.is_compiling(): return
     learnt = labels != -100
     if past and learnt[:, 0].any():
         raise ValueError("labels after a cache: the logits for the first token came before, "
                          "its label must be -100")
-    for name, marks in (("token_type_ids", token_type_ids),
-                        ("attention_mask", attention_mask)):
+    marks_by_name = dict(token_type_ids=token_type_ids, attention_mask=attention_mask)
+    for name, marks in marks_by_name.items():
         if marks is None: continue
-        if (wrong := learnt & (marks[:, -labels.shape[1]:] == 0)).any():
+        if (wrong := learnt & (marks[:, -shape[1]:] == 0)).any():
             row, place = wrong.nonzero()[0].tolist()
             raise ValueError(f"labels: expected -100 where {name} is 0, "
                              f"found {labels[row, place]} in row {row}, place {place}")
@@ -311,23 +321,17 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         kv_cache: KVCache | None = None,        # filled in place
         logits_to_keep: int = 0,                # compute logits for so many last positions only; 0: all
         image_features: Tensor | None = None,   # [images, n, c] from `get_image_features`, instead of pixel_values
-    ) -> PaliGemmaOutput:
-        "Raises ValueError where inputs do not fit together; labels need `token_type_ids`."
+    ) -> PaliGemmaOutput: # raises ValueError where inputs do not fit together
         decoder, is_image = self.language_model.model, input_ids == self.config.image_token_index
+        v, window = decoder.config.vocab_size, decoder.config.sliding_window
         past = 0 if kv_cache is None else kv_cache.length
-        words = input_ids.masked_fill(is_image, 0)  # the id of <image> may lie past the table
-        _check_ids(words, self.config.text_config.vocab_size)
-        if logits_to_keep < 0:
-            raise ValueError(f"logits_to_keep must be 0 or more, got {logits_to_keep}")
         mask = decoder_mask(input_ids, attention_mask, token_type_ids, past)
-        if labels is not None:
-            _check_labels(labels, input_ids, attention_mask, token_type_ids, past)
-        if pixel_values is not None:
-            if image_features is not None:
-                raise ValueError("expected pixel_values or image_features, got both")
-            image_features = self.get_image_features(pixel_values)
+        words = input_ids.masked_fill(is_image, 0)  # the id of <image> may lie past the table
+        _check_inputs(words, v, pixel_values, image_features, logits_to_keep)
+        _check_labels(labels, attention_mask, token_type_ids, input_ids.shape, past)
+        if pixel_values is not None: image_features = self.get_image_features(pixel_values)
         embeds = merge_image_features(decoder.embed(words), is_image, image_features)
-        sliding = sliding_window_mask(mask, input_ids, token_type_ids, past, self.config.text_config.sliding_window)
+        sliding = sliding_window_mask(mask, input_ids, token_type_ids, past, window)
         hidden = decoder(embeds, mask, kv_cache, sliding, logits_to_keep)
         logits = self.language_model.logits(hidden)
         return PaliGemmaOutput(logits, None if labels is None else suffix_loss(logits, labels))

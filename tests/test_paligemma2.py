@@ -32,7 +32,10 @@ def cases(draw, gemma):
     hidden = choose(*range(24, 60)) // heads * heads  # transformers wants a multiple for Gemma 2
     case = parity.Case(heads, kv_heads, 2 * choose(1, 2, 3, 4, 5, 8), hidden=hidden,
                        image=patch * choose(1, 2, 3) + choose(0, 1, 2), patch=patch, pictures=choose(1, 1, 2, 3),
-                       gemma=gemma, text=dict(rope_theta=choose(100., 10_000.), rms_norm_eps=choose(1e-6, 1e-4)))
+                       vision_heads=choose(1, 2, 3), gemma=gemma,
+                       vision=dict(layer_norm_eps=choose(1e-6, .1), num_channels=choose(3, 1)),
+                       text=dict(rope_theta=choose(100., 10_000.),
+                                 rms_norm_eps=choose(1e-6, 1e-2)))
     if gemma is Gemma2Config:
         case.text |= dict(  # a window of 1 breaks transformers' cache
             sliding_window=choose(*range(2, 40)), query_pre_attn_scalar=choose(3, 7, 16, 144),
@@ -183,6 +186,51 @@ def test_both_spellings(version):
     assert read.attn_logit_softcapping is read.final_logit_softcapping is read.sliding_window is None  # said so: off
 
 
+def test_ids_that_end_an_answer():
+    "One or several, above or in the text section; after a null above the text section counts."
+    config = published("PaliGemma 2 3B")
+    content = config.to_dict()
+    assert config.eos_token_ids == [config.eos_token_id] == [1]
+    for eos, ids in ((1, [1]), (7, [7]), ([1, 107], [1, 107]), ([3], [3])):
+        read = PaliGemmaConfig.from_dict(content | dict(eos_token_id=eos))
+        assert read.eos_token_id == eos and read.eos_token_ids == ids
+        assert PaliGemmaConfig.from_dict(json.loads(json.dumps(read.to_dict()))) == read
+        assert parity.TheirConfig(**read.to_dict()).eos_token_id == eos
+        below = content | dict(text_config=content["text_config"] | dict(eos_token_id=eos))
+        for above in ({}, dict(eos_token_id=None)):
+            del below["eos_token_id"]
+            assert PaliGemmaConfig.from_dict(below | above).eos_token_ids == ids
+            below["eos_token_id"] = 1
+        assert PaliGemmaConfig.from_dict(below).eos_token_ids == [1]
+    config.eos_token_id = [5, 6]  # it may be set: nothing is remembered
+    assert config.eos_token_ids == [5, 6]
+
+
+def test_name_of_the_mask_vae():
+    content = published("PaliGemma 2 3B").to_dict()
+    assert "mask_vae" not in content and PaliGemmaConfig.from_dict(content).mask_vae is None
+    read = PaliGemmaConfig.from_dict(content | dict(mask_vae="0123456789abcdef"))
+    assert read.mask_vae == "0123456789abcdef"
+    assert PaliGemmaConfig.from_dict(read.to_dict()) == read
+    assert PaliGemmaConfig.from_dict(content | dict(mask_vae=None)).mask_vae is None
+    parity.TheirConfig(**read.to_dict())
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(eos_token_id=[]), "eos_token_id: expected an id or a list of ids, got []"),
+    (dict(eos_token_id=["a"]), "eos_token_id: expected an id or a list of ids, got ['a']"),
+    (dict(eos_token_id=[[1]]), "eos_token_id: expected an id or a list of ids, got [[1]]"),
+    (dict(eos_token_id=True), "eos_token_id: expected an id or a list of ids, got True"),
+    (dict(pad_token_id=[0]), "pad_token_id: expected an id, got [0]"),
+    (dict(bos_token_id=2.0), "bos_token_id: expected an id, got 2.0"),
+    (dict(image_token_index="<image>"), "image_token_index: expected an id, got '<image>'"),
+], ids=str)
+def test_ids_refused(folder, changes, message):
+    content = json.loads((folder/"config.json").read_text())
+    (folder/"config.json").write_text(json.dumps(content | changes))
+    with fails(ValueError, str(folder/"config.json"), message): load_model(folder)
+
+
 def test_hidden_act_means_nothing():
     content = published("PaliGemma 2 3B").to_dict()
     text = content["text_config"]
@@ -218,6 +266,10 @@ def test_the_first_generation_stays_as_it_is():
     (dict(attn_logit_softcapping=0.0), "attn_logit_softcapping must be above 0, got 0.0"),
     (dict(final_logit_softcapping=float("nan")), "final_logit_softcapping must be above 0, got nan"),
     (dict(sliding_window=-1), "sliding_window must be above 0, got -1"),
+    (dict(rope_parameters=dict(rope_type="linear", factor=2.0)),
+     "text_config: expected rope_type 'default', got 'linear'"),
+    (dict(rope_parameters=None, rope_scaling=dict(type="dynamic", factor=2.0)),
+     "expected rope_type 'default', got 'dynamic'"),
 ], ids=str)
 def test_refused(folder, changes, message):
     content = json.loads((folder/"config.json").read_text())
