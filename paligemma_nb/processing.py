@@ -242,7 +242,10 @@ class PaliGemmaProcessor(TextProcessor):
         return dict(pixel_values=pixel_values, **left_pad(prefixes, suffixes, self.pad_token_id))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "PaliGemmaProcessor": return cls(*_read_folder(Path(folder)))
+    def from_pretrained(cls,
+        folder: str | Path, # holds tokenizer.json and preprocessor_config.json
+        pictures: str | Path | None = None, # holds the latter, where `folder` does not
+    ) -> "PaliGemmaProcessor": return cls(*_read_folder(Path(folder), Path(pictures or folder)))
 
     def save_pretrained(self, folder: str | Path): _write_folder(self, Path(folder))
 
@@ -274,8 +277,8 @@ def _write_folder(processor, folder):
         (folder / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 # %% ../nbs/10_processing.ipynb #4ebe17a2
-def _read_folder(folder):
-    "(tokenizer, image_size, num_image_tokens) from a folder; `FileNotFoundError` or `ValueError` names what is wrong."
+def _read_folder(folder, pictures):
+    "(tokenizer, image_size, num_image_tokens) from folders; `FileNotFoundError` or `ValueError` names what is wrong."
     from tokenizers import Tokenizer
     if not folder.is_dir(): raise FileNotFoundError(f"no such folder: {folder}")
     path = folder / "tokenizer.json"
@@ -285,9 +288,9 @@ def _read_folder(folder):
     tokenizer.no_padding()
     tokenizer.no_truncation()
 
-    path = folder / "preprocessor_config.json"
-    if not path.is_file(): path = folder / "processor_config.json"  # what transformers 5 writes
-    if not path.is_file(): raise FileNotFoundError(f"no preprocessor_config.json in {folder}")
+    path = pictures / "preprocessor_config.json"
+    if not path.is_file(): path = pictures / "processor_config.json"  # what transformers 5 writes
+    if not path.is_file(): raise FileNotFoundError(f"no preprocessor_config.json in {pictures}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         config = config.get("image_processor", config)
