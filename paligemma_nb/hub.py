@@ -23,7 +23,7 @@ PARTS = {  # of a model, and the files that hold them
     "pictures": PICTURES,
 }
 
-# %% ../nbs/13_hub.ipynb #c13a0015
+# %% ../nbs/13_hub.ipynb #c13a0016
 def first_line(error: Exception) -> str: return str(error).strip().split("\n")[0]
 
 
@@ -32,7 +32,7 @@ def shorten(names, limit: int = 5) -> str: # "a, b and 3 more", sorted
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest
 
-# %% ../nbs/13_hub.ipynb #c13a0022
+# %% ../nbs/13_hub.ipynb #c13a0025
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -49,7 +49,7 @@ def refuse_pointers(
         raise ValueError(f"{folder} holds git-lfs pointers instead of {shorten(pointers)}: "
                          "install git-lfs and run `git lfs pull` there")
 
-# %% ../nbs/13_hub.ipynb #c13a0025
+# %% ../nbs/13_hub.ipynb #c13a0030
 def read_json(path: Path) -> dict:
     "Raises FileNotFoundError without the file, ValueError if it holds no JSON object."
     if not path.is_file(): raise FileNotFoundError(f"no {path.name} in {path.parent}")
@@ -59,7 +59,7 @@ def read_json(path: Path) -> dict:
     if isinstance(content, dict): return content
     raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
 
-# %% ../nbs/13_hub.ipynb #c13a0028
+# %% ../nbs/13_hub.ipynb #c13a0034
 def read_index(path: Path) -> dict[str, set[str]]: # shard's name -> the keys it should hold
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or {type(f) for f in weight_map.values()} - {str}:
@@ -71,7 +71,7 @@ def read_index(path: Path) -> dict[str, set[str]]: # shard's name -> the keys it
             raise ValueError(f"{path}: {file!r} is no file name of this folder")
     return shards
 
-# %% ../nbs/13_hub.ipynb #c13a0032
+# %% ../nbs/13_hub.ipynb #c13a0039
 def needed_files(
     folder: Path, parts=tuple(PARTS), # some of "weights", "tokenizer", "pictures"
 ) -> list[str]: # there or not
@@ -85,7 +85,7 @@ def needed_files(
 def missing_files(folder: Path, parts=tuple(PARTS)) -> list[str]: # as for `needed_files`
     return [name for name in needed_files(folder, parts) if not (folder / name).is_file()]
 
-# %% ../nbs/13_hub.ipynb #c13a0035
+# %% ../nbs/13_hub.ipynb #c13a0042
 _OTHERS = {  # part -> (endings of file names, what such a file is, the way out)
     "weights": (
         ((".gguf",), "GGUF, which is llama.cpp's", f"take the same model as {WEIGHTS}"),
@@ -116,7 +116,7 @@ def what_else(part: str, names: list[str]) -> str: # "; model.gguf is …: …",
 
 def _names(folder): return [path.name for path in folder.iterdir()]
 
-# %% ../nbs/13_hub.ipynb #c13a0038
+# %% ../nbs/13_hub.ipynb #c13a0045
 def find_weights(folder: Path) -> Path: # of the one file, or of the index
     "Raises FileNotFoundError, which names what is there instead."
     for path in (folder / WEIGHTS, folder / INDEX):
@@ -124,7 +124,7 @@ def find_weights(folder: Path) -> Path: # of the one file, or of the index
     others = what_else("weights", _names(folder))
     raise FileNotFoundError(f"no {WEIGHTS} and no {INDEX} in {folder}{others}")
 
-# %% ../nbs/13_hub.ipynb #c13a0044
+# %% ../nbs/13_hub.ipynb #c13a0052
 def read_quantization(folder: Path) -> dict | None: # what `save_quantized` wrote there
     "Raises ValueError for weights that another library has rounded."
     path = folder / "config.json"
@@ -141,7 +141,7 @@ def read_quantization(folder: Path) -> dict | None: # what `save_quantized` wrot
         "only the library that rounded these weights reads them; take the original ones, "
         "which open_model rounds with weights='int8' or 'int4', the command with --quantize")
 
-# %% ../nbs/13_hub.ipynb #c13a0055
+# %% ../nbs/13_hub.ipynb #c13a0065
 def _lacks(folder, parts, names):
     "What is missing in a folder, and what is there instead; for a person."
     others = "".join(what_else(part, names) for part in parts if missing_files(folder, [part]))
@@ -149,7 +149,7 @@ def _lacks(folder, parts, names):
     return (shorten(missing_files(folder, parts)) + f" in {folder}" + others
             + (hint if missing_files(folder, [p for p in parts if p != "weights"]) else ""))
 
-# %% ../nbs/13_hub.ipynb #c13a0056
+# %% ../nbs/13_hub.ipynb #c13a0066
 def _refusal(error, name, revision): # the line for a person
     from huggingface_hub import errors
     page = f"https://huggingface.co/{name}"
@@ -167,7 +167,7 @@ def _refusal(error, name, revision): # the line for a person
     return (f"no folder {which}, and the hub's files could not be fetched: give a folder or "
             f"try again when online ({first_line(error.__cause__ or error)})")
 
-# %% ../nbs/13_hub.ipynb #c13a0057
+# %% ../nbs/13_hub.ipynb #c13a0067
 def _fetch(name, revision, parts):
     "The folder in the hub's cache. The hub itself is asked only if files are missing there."
     import huggingface_hub  # here: a folder is opened without
@@ -197,7 +197,7 @@ def _fetch(name, revision, parts):
     if cached is None or missing_files(cached, parts): raise FileNotFoundError(hint)
     return cached  # what it lacks is optional
 
-# %% ../nbs/13_hub.ipynb #c13a0059
+# %% ../nbs/13_hub.ipynb #c13a0069
 def new_and_old(path: Path) -> tuple[Path, Path]:
     "The names that a folder has while it is being written, and while it is being replaced."
     return path.parent / f".{path.name}.new", path.parent / f".{path.name}.old"
@@ -208,7 +208,7 @@ def recover(path: Path):
     _, old = new_and_old(path.resolve())
     if old.is_dir() and not path.exists(): old.rename(path.resolve())
 
-# %% ../nbs/13_hub.ipynb #c13a0061
+# %% ../nbs/13_hub.ipynb #c13a0071
 def _check_revision(revision, model_path):
     if not isinstance(revision, str) or not revision.strip():
         raise ValueError(f"expected a branch, tag or commit as revision, got {revision!r}")
@@ -239,7 +239,7 @@ def find_folder(
         return _fetch(model_path, revision, parts)
     raise FileNotFoundError(f"no model folder {folder} (a name on the hub is owner/name)")
 
-# %% ../nbs/13_hub.ipynb #c13a0067
+# %% ../nbs/13_hub.ipynb #c13a0079
 def find_processor(
     folder: Path,                      # of the model, from `find_folder`
     processor_path: str | Path | None, # another folder or name, for what is missing in it

@@ -5,12 +5,13 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
-from paligemma_nb.detection import (Detection, average_precision, bin_to_coordinate, box_iou, coordinate_to_bin,
-                                    draw_detections, format_box, format_detections, parse_boxes)
+from paligemma_nb.detection import (Detection, average_precision, bin_to_coordinate, box_iou, check_box,
+                                    coordinate_to_bin, draw_detections, format_box, format_detections, from_coco_box,
+                                    from_yolo_box, mask_iou, parse_boxes)
 
 SIDES = st.integers(1, 10_000)
 SIZES = st.tuples(SIDES, SIDES)
@@ -30,6 +31,7 @@ L, S = "<loc0100>", "<seg007>"
 @st.composite
 def boxes(draw, size):
     (x1, x2), (y1, y2) = (sorted(draw(UNIT) * length for _ in range(2)) for length in size)
+    assume(max(x2, y2) > 1 or max(x2, y2) == 0)  # a part of a pixel in the corner is refused
     return x1, y1, x2, y2
 
 
@@ -74,6 +76,8 @@ def test_the_order_and_the_rounding():
 @given(SIZES, st.lists(st.floats(-1e6, 1e6), min_size=4, max_size=4))
 def test_boxes_are_clipped_to_the_picture(size, corners):
     x1, y1, x2, y2 = (*np.minimum(corners[:2], corners[2:]), *np.maximum(corners[:2], corners[2:]))
+    assume(x1 <= size[0] and y1 <= size[1] and x2 >= 0 and y2 >= 0)  # one that lies outside is refused
+    assume(max(x2, y2) > 1 or min(x1, y1) < 0)
     found, = parse_boxes(format_box((x1, y1, x2, y2), size), size)
     inside = np.clip((x1, y1, x2, y2), 0, size * 2)
     assert np.abs(found.box - inside).max() <= max(size) / 1023 / 2 + 1e-6
@@ -462,3 +466,97 @@ def test_a_turned_photo_is_drawn_upright():
     exif[0x0112] = 6  # "turn a quarter to see me upright"
     image.info["exif"] = exif.tobytes()
     assert draw_detections(image, []).size == (40, 60)
+
+
+# --- other people's boxes
+
+PHOTO = (640, 427)
+PIXELS = (169., 84., 446., 359.)
+
+
+def test_named_forms_become_corners():
+    assert from_coco_box((169, 84, 277, 275)) == PIXELS and from_coco_box(np.array([1, 2, 0, 3])) == (1, 2, 1, 5)
+    yolo = (307.5 / 640, 221.5 / 427, 277 / 640, 275 / 427)
+    assert np.allclose(from_yolo_box(yolo, PHOTO), PIXELS)
+    assert from_yolo_box((.5, .5, 1, 1), PHOTO) == (0, 0, 640, 427)
+    assert from_yolo_box((.5, .25, .5, .25), (100, 1000)) == (25, 125, 75, 375)
+    assert all(type(v) is float for v in (*from_coco_box((1, 2, 3, 4)), *from_yolo_box((0, 0, 0, 0), PHOTO)))
+
+
+@given(SIZES, st.data())
+def test_all_three_forms_give_the_same_tokens(size, data):
+    x1, y1, x2, y2 = box = data.draw(boxes(size))
+    (width, height), sides = size, (x2 - x1, y2 - y1)
+    yolo = min((x1 + x2) / 2 / width, 1), min((y1 + y2) / 2 / height, 1), sides[0] / width, sides[1] / height
+    for other in (from_coco_box((x1, y1, *sides)), from_yolo_box(yolo, size)):
+        assert np.abs(np.subtract(other, box)).max() <= 1e-9 * max(size)
+
+
+@pytest.mark.parametrize("wrong", [(1, 2, -3, 4), (1, 2, 3, -4), (1, 2, 3), None, "1234", (1, 2, float("nan"), 4),
+                                   (1, 2, float("inf"), 4), [[1, 2, 3, 4]]])
+def test_what_is_no_coco_box(wrong):
+    with pytest.raises(ValueError, match="x, y, width, height"): from_coco_box(wrong)
+
+
+@pytest.mark.parametrize("wrong", [(.5, .5, 1.1, .5), (-.1, .5, .1, .1), (169, 84, 277, 275), (.5, .5, .1), None,
+                                   (.5, .5, float("nan"), .5), (.5, -.5, .5, .5), (.5, .5, .5, -.1)])
+def test_what_is_no_yolo_box(wrong):
+    with pytest.raises(ValueError, match="centre"): from_yolo_box(wrong, PHOTO)
+
+
+PARTS = [(.25, .2, .7, .84), (.48, .52, .48, .64), (0, 0, 1, 1), (0, 0, .5, 1), (.1, .2, .3, .4), (1e-3, 0, 1, .5)]
+
+
+@pytest.mark.parametrize("box", PARTS, ids=str)
+def test_boxes_in_parts_of_the_picture_are_refused(box):
+    "Each is in order, and would be a pixel in the corner."
+    other = PIXELS
+    for call in (lambda: format_box(box, PHOTO), lambda: format_box(np.array(box, np.float32), (64, 17)),
+                 lambda: format_detections([Detection("a", other), Detection("b", box)], PHOTO),
+                 lambda: average_precision([([], [Detection("a", box)], PHOTO)])):
+        with pytest.raises(ValueError, match="^expected a box in pixels[^\n]*from_yolo_box[^\n]*multiply[^\n]*$"): call()
+
+
+@pytest.mark.parametrize("box", [*PARTS, (0, 0, 0, 0)], ids=str)
+def test_what_may_be_meant_so_is_taken(box):
+    "A toy picture; a pixel elsewhere; an answer of the model's; boxes found, which are scored whatever they are."
+    assert len(format_box(box, (16, 640))) == 36
+    assert len(format_box((1., .2, 1.5, .8), PHOTO)) == 36 and len(format_box((-.1, .2, .5, .8), PHOTO)) == 36
+    for text in ("<loc0000><loc0000><loc0000><loc0000>", "<loc0000><loc0000><loc0001><loc0001>"):
+        found, = parse_boxes(text, PHOTO)
+        assert format_detections([found], PHOTO) == text
+    found, true = [Detection("a", box)], [Detection("a", PIXELS)]
+    assert average_precision([(found, true, PHOTO)]) == 0 and draw_detections(Image.new("RGB", PHOTO), found)
+
+
+@pytest.mark.parametrize("box", [(641, 10, 700, 20), (10, 428, 20, 500), (-9, 10, -1, 20), (10, -20, 30, -1),
+                                 (400, 500, 420, 620)])
+def test_boxes_outside_the_picture_are_refused(box):
+    with pytest.raises(ValueError, match=r"outside its picture of width 640 and height 427.*\(width, height\)"):
+        format_box(box, PHOTO)
+
+
+@pytest.mark.parametrize("box", [(640, 0, 640, 9), (0, 427, 9, 427), (0, 0, 0, 9), (-9, -9, 0, 9), (639, 426, 900, 900)])
+def test_boxes_at_the_edge_are_taken(box): assert len(format_box(box, PHOTO)) == 36
+
+
+def test_swapped_corners_name_the_other_forms():
+    for call in (lambda: format_box((300, 100, 50, 80), PHOTO), lambda: box_iou([(300, 100, 50, 80)], [PIXELS])):
+        with pytest.raises(ValueError, match="from_coco_box and from_yolo_box"): call()
+    check_box(PIXELS, PHOTO)
+
+
+@pytest.mark.parametrize("size", [(0, 9), (9, -1), (9,), 9, (float("nan"), 9), (float("inf"), 9), (480, 640, 3), None])
+def test_sizes_that_are_none(size):
+    for call in (lambda: check_box((0, 0, 5, 5), size), lambda: parse_boxes("", size),
+                 lambda: from_yolo_box((.5, .5, .5, .5), size)):
+        with pytest.raises(ValueError, match=r"size = \(width, height\)"): call()
+
+
+def test_masks_of_another_size_have_no_iou():
+    a = np.zeros((20, 30), bool)
+    a[5:9, 5:9] = True
+    assert mask_iou([a], [a, ~a]).tolist() == [[1, 0]] and mask_iou([], [a]).shape == (0, 1)
+    for b in (a.T, a[:-1], a[None], a.astype(np.uint8), 255 * a.astype(np.uint8), a.astype(float), a[0]):
+        for pair in (([a], [b]), ([b], [a]), ([a, b], [a])):
+            with pytest.raises(ValueError, match="bools, all of one size"): mask_iou(*pair)

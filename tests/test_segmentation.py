@@ -1,8 +1,7 @@
 "Masks as sixteen tokens: the network by its definition, files in every layout, boxes anywhere, the shipped weights."
 import json
 import stat
-import subprocess
-import sys
+import warnings
 import zipfile
 
 import numpy as np
@@ -18,10 +17,10 @@ from safetensors.torch import save_file
 
 from paligemma_nb import segmentation
 from paligemma_nb.detection import Detection, format_detections, parse_boxes
-from paligemma_nb.scenes import HELD_OUT, SHAPES, make_scene
-from paligemma_nb.segmentation import (MASK_SIZE, UNSEEN, Codebook, CodebookTrainer, MaskVAE, add_masks, decode_mask,
-                                       encode_mask, evaluate_mask_vae, load_mask_vae, make_masks, mask_to_rle,
-                                       mask_vae_loss, object_mask, train_mask_vae, unseen_mask)
+from paligemma_nb.paligemma import PaliGemmaConfig
+from paligemma_nb.scenes import HELD_OUT, make_scene
+from paligemma_nb.segmentation import (MaskVAE, add_masks, check_mask_vae, decode_mask, encode_mask, find_mask_vae,
+                                       find_objects, load_mask_vae, mask_to_rle, mask_vae_id, object_mask)
 
 SHIPPED = segmentation.Path(segmentation.paligemma_nb.__file__).with_name("mask_vae.safetensors")
 
@@ -327,100 +326,115 @@ def test_shipped_file():
     assert load_mask_vae() is load_mask_vae()
 
 
-def test_shipped_file_keeps_shapes():
-    ious, uses = evaluate_mask_vae(load_mask_vae(), 60)
-    assert np.concatenate([ious[shape] for shape in SHAPES]).mean() > 0.98
-    assert np.concatenate([ious[kind] for kind in UNSEEN]).mean() > 0.88
-    assert ious["random"].mean() > 0.9 and min(v.mean() for v in ious.values()) > 0.8
-    assert (uses > 0).all() and uses.sum() == 16 * sum(map(len, ious.values()))
+# --- whose codes?
+
+OURS = "042a161050c72521"
 
 
-# --- training
-
-def test_codes_are_running_means():
-    torch.manual_seed(0)
-    vectors, book = torch.randn(40, 3), Codebook(4, 3)
-    trainer = CodebookTrainer(book, vectors, decay=0.9)
-    sums, counts = book._embedding.clone(), torch.ones(4)
-    for _ in range(5):
-        codes = trainer.update(vectors, revive=False)
-        for k in range(4):
-            chosen = vectors[codes == k]
-            counts[k] = 0.9 * counts[k] + 0.1 * len(chosen)
-            sums[k] = 0.9 * sums[k] + 0.1 * chosen.sum(dim=0)
-        assert torch.allclose(book._embedding, sums / counts[:, None], atol=1e-5)
+def write_vae(vae, path): np.savez(path, **arrays_of(vae))
 
 
-def test_dead_codes_stay_finite_and_come_back():
-    torch.manual_seed(0)
-    book = Codebook(8, 2)
-    trainer = CodebookTrainer(book, 0.01 * torch.randn(20, 2))
-    heaps = torch.tensor([[5., 5.], [-5., 5.], [5., -5.], [-5., -5.]])
-    before = book._embedding.clone()
-    for _ in range(15_000): trainer.update(heaps, revive=False)
-    dead = trainer.counts < 1e-40  # counts and sums are down to float32's last bits
-    assert dead.sum() == 5 and torch.allclose(book._embedding[dead], before[dead], rtol=1e-3)
-    for _ in range(30): trainer.update(heaps.repeat(8, 1), revive=True)
-    assert torch.cdist(heaps, book._embedding).min(dim=1).values.max() < 0.1
+def config_of(mask_vae):
+    content = json.loads((SHIPPED.with_name("tiny")/"config.json").read_text())
+    return PaliGemmaConfig.from_dict({k: v for k, v in content.items() if k != "mask_vae"} | (
+        {} if mask_vae is None else dict(mask_vae=mask_vae)))
 
 
-def test_the_gradient_goes_straight_through(random_vae):
-    vae, masks = random_vae.requires_grad_(True), make_masks(np.random.default_rng(0), 8)
-    trainer = CodebookTrainer(vae._vq_vae, vae.features(masks).detach().flatten(0, 2))
-    before = vae._vq_vae._embedding.clone()
-    error, commitment = mask_vae_loss(vae, masks, trainer)
-    slope, = torch.autograd.grad(error, vae.encoder[10].bias, retain_graph=True)
-    nearest = vae._vq_vae(vae.encode(masks)).unflatten(1, (4, 4)).requires_grad_()  # what the decoder sees
-    at_codes, = torch.autograd.grad((vae.reconstruct(nearest) - (2 * masks - 1)).square().mean(), nearest)
-    expected = at_codes.sum(dim=(0, 1, 2))
-    assert torch.nn.functional.cosine_similarity(slope, expected, dim=0) > 0.95  # bfloat16 against float32
-    assert commitment > 0 and not torch.equal(vae._vq_vae._embedding, before)
+def test_the_id_is_of_the_tensors_alone(tmp_path, random_vae):
+    assert mask_vae_id(load_mask_vae()) == mask_vae_id(load_mask_vae(SHIPPED)) == OURS
+    own = mask_vae_id(random_vae)
+    assert len(own) == 16 and int(own, 16) and own != OURS and mask_vae_id(random_vae.double()) == own
+    random_vae.float()
+    np.savez(tmp_path/"jax.npz", **arrays_of(random_vae, jax=True), **{"_vq_vae._ema_w": np.ones(3)})
+    assert mask_vae_id(load_mask_vae(tmp_path/"jax.npz")) == own
+    for name, change in (("_vq_vae._embedding", lambda t: t[[1, 0, *range(2, 128)]]),
+                         ("decoder.12.bias", lambda t: t + 1e-6), ("encoder.0.bias", lambda t: -t)):
+        other = load_mask_vae(tmp_path/"jax.npz")
+        other.get_buffer(name).copy_(change(other.get_buffer(name))) if name.startswith("_") else \
+            other.get_parameter(name).data.copy_(change(other.get_parameter(name)))
+        assert mask_vae_id(other) != own
+    a, b = load_mask_vae(tmp_path/"jax.npz"), load_mask_vae(tmp_path/"jax.npz")
+    a.encoder[9].net[0].bias.zero_(), b.encoder[9].net[2].bias.zero_()  # same numbers, other names
+    assert mask_vae_id(a) != mask_vae_id(b)
 
 
-def test_training_runs_learns_and_writes_aside(tmp_path, monkeypatch):
-    path = tmp_path/"new"/"a.safetensors"
-    monkeypatch.setattr(segmentation, "tqdm", lambda steps, **_: steps)
-    assert train_mask_vae(path, steps=150, batch_size=8, free_steps=120) == path
-    assert [p.name for p in path.parent.iterdir()] == ["a.safetensors"] and stat.S_IMODE(path.stat().st_mode) == 0o644
-    with safe_open(path, "pt") as file: last = json.loads(file.metadata()["history"])[-1]
-    assert last["step"] == 150 and last["loss"] < 0.9  # 1 for an answer of zero everywhere, 0.5 or so in the end
-    vae, masks = load_mask_vae(path), make_masks(np.random.default_rng(HELD_OUT), 32)
-    assert (vae.decode(vae.encode(masks)) - (2 * masks - 1)).square().mean() < 0.8
-    before = path.read_bytes()
-    monkeypatch.setattr(segmentation.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
-    with pytest.raises(OSError, match="killed"): segmentation.save_mask_vae(vae, path, [])
-    assert path.read_bytes() == before
+def test_the_shipped_model_names_the_shipped_decoder():
+    assert config_of(None).mask_vae is None
+    content = json.loads((SHIPPED.with_name("tiny")/"config.json").read_text())
+    config = PaliGemmaConfig.from_dict(content)
+    assert config.mask_vae == content["mask_vae"] == config.to_dict()["mask_vae"] == OURS
+    assert find_mask_vae(SHIPPED.with_name("tiny"), config) == (load_mask_vae(), None)
+    assert "mask_vae" not in config_of(None).to_dict()
 
 
-def test_masks_for_training_are_reproducible():
-    one, other = (make_masks(np.random.default_rng([0, 7]), 16) for _ in range(2))
-    assert torch.equal(one, other) and one.shape == (16, MASK_SIZE, MASK_SIZE)
-    assert 0 <= one.min() and one.max() <= 1 and not torch.equal(one, make_masks(np.random.default_rng([0, 8]), 16))
+def test_every_case_of_model_and_decoder(tmp_path, random_vae):
+    other, path = mask_vae_id(random_vae), tmp_path/"vae-oid.npz"
+    def found(own):
+        vae, warning = find_mask_vae(tmp_path, config_of(own))
+        assert warning is None or "\n" not in warning
+        return vae and mask_vae_id(vae), warning
+    # nothing beside the model
+    assert found(OURS) == (OURS, None)
+    vae, warning = found(None)
+    assert vae is None and "does not say" in warning and "gs://big_vision/paligemma/vae-oid.npz" in warning
+    vae, warning = found(other)
+    assert vae is None and f"the codes of the mask VAE {other}" in warning and OURS in warning
+    # a decoder beside it
+    write_vae(random_vae, path)
+    assert found(None) == found(other) == (other, None)
+    vae, warning = found("0123456789abcdef")
+    assert vae == other and "0123456789abcdef" in warning and other in warning
+    vae, warning = found(OURS)
+    assert vae == OURS and warning.startswith(f"{path} is passed over")
+    write_vae(load_mask_vae(), path)
+    assert found(OURS) == (OURS, None) and found(other)[0] == OURS and other in found(other)[1]
 
 
-@pytest.mark.parametrize("kind", UNSEEN)
-def test_unseen_shapes_fill_their_square(kind):
-    for seed in range(10):
-        inside = unseen_mask(kind, np.random.default_rng(seed)) > 0
-        assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any() and not inside.all()
+def test_a_broken_decoder_is_no_decoder(tmp_path):
+    (tmp_path/"vae-oid.npz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(ValueError, match="git-lfs pointers instead of vae-oid.npz.*git lfs pull"):
+        find_mask_vae(tmp_path, config_of(None))
+    (tmp_path/"vae-oid.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="vae-oid.npz"): find_mask_vae(tmp_path, config_of(OURS))
 
 
-# --- the command line
+def test_codes_of_another_decoder_are_warned_of(random_vae):
+    mask, box, size = np.ones((40, 40), bool), (3, 3, 30, 30), (40, 40)
+    answer = format_detections([Detection("a", box, encode_mask(mask, box))], size)
+    calls = (lambda **kw: encode_mask(mask, box, **kw), lambda **kw: find_objects(answer, size, **kw),
+             lambda **kw: add_masks(parse_boxes(answer, size), size, **kw))
+    for call in calls:
+        with pytest.warns(UserWarning, match="does not say") as caught: call(config=config_of(None))
+        assert caught[0].filename.endswith(("test_segmentation.py", "segmentation.py"))
+        with pytest.warns(UserWarning, match="this is"): call(config=config_of(OURS), vae=random_vae)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call(), call(vae=random_vae), call(config=config_of(OURS))
+            call(config=config_of(None), vae=random_vae), call(config=config_of(mask_vae_id(random_vae)), vae=random_vae)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find_objects("<loc0001><loc0001><loc0500><loc0500> a", size, config=config_of(None))[0].mask is None
+    assert check_mask_vae(config_of(OURS)) is None
 
-def command(*arguments):
-    words = [sys.executable, "-m", "paligemma_nb.segmentation", *arguments]
-    return subprocess.run(words, capture_output=True, text=True)
+
+def test_wrong_decoder_costs_what_the_warning_says(random_vae):
+    "The right value: with its own decoder a mask comes back, with the other's it does not."
+    shuffled = load_mask_vae(SHIPPED)
+    shuffled._vq_vae._embedding.copy_(shuffled._vq_vae._embedding.flip(0))
+    good, bad = [], []
+    for o in objects(5):
+        codes = encode_mask(o.mask, o.box, shuffled)
+        good.append(iou(decode_mask(codes, o.box, (112, 112), shuffled), o.mask))
+        bad.append(iou(decode_mask(codes, o.box, (112, 112)), o.mask))
+    assert np.mean(good) > 0.9 and np.mean(bad) < 0.7
 
 
-def test_evaluate_prints_a_table():
-    done = command("evaluate", "--num", "3")
-    assert done.returncode == 0 and "| kind | masks | mean IoU | lowest IoU |" in done.stdout
-    assert "| letter | 3 |" in done.stdout and "codes used" in done.stdout
-
-
-@pytest.mark.parametrize("arguments", [
-    ("evaluate", "--path", "nowhere.npz"), ("evaluate", "--nun", "3"), ("evaluate", "--num", "0"),
-    ("train", "--steps", "400"), ("train", "--output_path", "a.npz"), ("train", "--step", "9")])
-def test_command_line_says_what_is_wrong(arguments):
-    done = command(*arguments)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+def test_encode_refuses_what_holds_nothing():
+    mask = np.zeros((60, 80), bool)
+    mask[30:50, 20:40] = True
+    assert len(encode_mask(mask, (20, 30, 40, 50))) == 16
+    with pytest.raises(ValueError, match="holds no pixel of the mask"): encode_mask(mask, (50, 5, 70, 25))
+    with pytest.raises(ValueError, match="holds no pixel of the mask"): encode_mask(np.zeros_like(mask), (1, 1, 9, 9))
+    with pytest.raises(ValueError, match="in pixels.*from_yolo_box"): encode_mask(mask, (.25, .5, .5, .83))
+    with pytest.raises(ValueError, match="from_coco_box"): encode_mask(mask, (20, 30, 15, 15))
+    with pytest.raises(ValueError, match="outside its picture of width 80"): encode_mask(mask, (20, 61, 40, 70))
