@@ -22,6 +22,7 @@ from torch import Tensor
 from .checkpoint import (
     check_processor, check_shapes, check_target, empty_model, float_dtype, save_model, usable_device)
 from .gemma import Gemma2Config, GemmaConfig
+from .hub import needed_files, refuse_pointers
 from .paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
 from .siglip import SiglipVisionConfig
@@ -143,6 +144,7 @@ _DAMAGE = zipfile.BadZipFile, zlib.error, EOFError
 
 def _open(path):
     if not path.is_file(): raise FileNotFoundError(f"no file {path}")
+    refuse_pointers(path.parent, [path.name])
     try: return zipfile.ZipFile(path)
     except Exception as e: raise ValueError(f"{path} is not a whole .npz file: {e}") from None  # it raises all sorts
 
@@ -274,6 +276,8 @@ def load_npz(
     weights; what no shape tells is as in the published configs."""
     path, device, dtype = Path(npz_path), usable_device(device), None if dtype is None else float_dtype(dtype)
     headers = _read_headers(path)
+    home = Path(tokenizer_folder)
+    refuse_pointers(home, needed_files(home, ("tokenizer", "pictures")))
     tokenizer = PaliGemmaProcessor.from_pretrained(tokenizer_folder)
     config = config_of_shapes({key: shape for key, (_, shape, _) in headers.items()}, path, tokenizer.image_token_id)
     vision = config.vision_config

@@ -386,6 +386,18 @@ def test_tokenizer_that_does_not_fit(path):
     with fails(FileNotFoundError, "nowhere"): load_npz(path, "nowhere")
 
 
+def test_git_lfs_pointers(path, tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    (tmp_path/"clone").mkdir()
+    for name in ("tokenizer.json", "preprocessor_config.json"): shutil.copy(TINY/name, tmp_path/"clone")
+    (tmp_path/"clone"/"tokenizer.json").write_text(pointer)
+    with fails(ValueError, "clone holds git-lfs pointers instead of tokenizer.json", "`git lfs pull`"):
+        load_npz(path, tmp_path/"clone")
+    path.write_text(pointer)
+    for read in (lambda: load_npz(path, TINY), lambda: list(read_npz(path))):
+        with fails(ValueError, "git-lfs pointers instead of a.npz"): read()
+
+
 @pytest.mark.parametrize("wrong", [dict(dtype="int8"), dict(device="warp")])
 def test_unknown_dtype_and_device(path, wrong):
     with fails(ValueError, *wrong.values()): load_npz(path, TINY, **wrong)
@@ -422,7 +434,8 @@ def test_command_converts(tmp_path):
     write_npz(load_model(device="cpu")[0], tmp_path/"tiny.npz")
     done = command("convert", tmp_path/"tiny.npz", TINY, tmp_path/"007", "--dtype", "bfloat16")
     assert done.returncode == 0 and done.stdout == f"{tmp_path/'007'} is written\n", done.stderr
-    assert json.loads((tmp_path/"007"/"config.json").read_text())["dtype"] == "bfloat16"
+    config = json.loads((tmp_path/"007"/"config.json").read_text())
+    assert config["dtype"] == "bfloat16" and "mask_vae" not in config  # the file does not say whose codes
 
 
 def test_command_says_what_is_wrong(path, tmp_path):

@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 import paligemma_nb
 from paligemma_nb import checkpoint
 from paligemma_nb.checkpoint import (
-    FLOATS, INDEX, WEIGHTS, WeightFiles, empty_model, find_folder, load_model, load_weights, published_key, read_config,
-    save_model, write_folder)
+    FLOATS, WeightFiles, empty_model, load_model, load_weights, published_key, read_config, save_model, write_folder)
 from paligemma_nb.gemma import Gemma2Config, GemmaConfig
+from paligemma_nb.hub import INDEX, WEIGHTS, find_folder
 from paligemma_nb.paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma_nb.processing import PaliGemmaProcessor, train_tokenizer
 from paligemma_nb.siglip import SiglipVisionConfig
@@ -250,7 +250,8 @@ def write_weights(folder, tensors, limit=10**9): # one file, or an index and sha
 @pytest.mark.parametrize("rename", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_layouts(model, folder, rename, limit, dtype):
     expected = {key: x.to(dtype) for key, x in model.state_dict().items()}
-    for tensors in (expected, expected | {HEAD: expected[EMBEDDING].clone()}):
+    head_alone = {HEAD if key == EMBEDDING else key: x for key, x in expected.items()}  # the two are one
+    for tensors in (expected, expected | {HEAD: expected[EMBEDDING].clone()}, head_alone):
         assert all(published_key(rename(key)) == key for key in tensors)
         write_weights(folder, {rename(key): x for key, x in tensors.items()}, limit)
         loaded = load_model(folder, device="cpu")[0].state_dict()
@@ -440,9 +441,8 @@ def test_flipped_header_bits(folder, model, rename, dtype, limit):
 
 @pytest.mark.parametrize("content", [
     b"\x89PNG\r\n\x1a\n" + b"\0" * 100, b"PK\x03\x04 a zip, as torch.save writes", b"{}",
-    b"version https://git-lfs.github.com/spec/v1\n",
     b"\0" * 4096, b"\xff" * 4096, (2).to_bytes(8, "little") + b"[]", (4).to_bytes(8, "little") + b"null"],
-    ids=["png", "zip", "json", "lfs pointer", "zeros", "ones", "header is a list", "header is null"])
+    ids=["png", "zip", "json", "zeros", "ones", "header is a list", "header is null"])
 def test_foreign_file(folder, content):
     (folder/WEIGHTS).write_bytes(content)
     with fails(ValueError, str(folder/WEIGHTS), f"{len(content):,} bytes", "not a whole safetensors file"):
@@ -512,14 +512,31 @@ def test_sizes_that_do_not_fit_the_weights(folder):
     with fails(ValueError, str(folder/WEIGHTS), "missing 9", "language_model.model.layers.2."): load_model(folder)
 
 
-@pytest.mark.parametrize("content", [dict(quant_method="bitsandbytes", load_in_4bit=True), dict(bits=4), {}])
-def test_quantised_weights_are_for_another_module(folder, model, content):
-    edit_json(folder/"config.json", quantization_config=content)
-    assert read_config(folder) == model.config
-    with fails(ValueError, f"{folder} holds quantised weights", "paligemma_nb.speed.open_model"):
-        load_model(folder)
+def test_head_that_is_no_table(model, folder):
+    "It stands for the embedding where that is missing, so it must have its shape."
+    tensors = {HEAD if k == EMBEDDING else k: x for k, x in model.state_dict().items()}
+    save_file(tensors | {HEAD: tensors[HEAD][:-1].clone()}, folder/WEIGHTS)
+    with fails(ValueError, WEIGHTS, "does not fit the config", EMBEDDING): load_model(folder)
+    save_file({k: x for k, x in tensors.items() if k != HEAD}, folder/WEIGHTS)
+    with fails(ValueError, WEIGHTS, "missing 1", EMBEDDING): load_model(folder)
+
+
+def test_config_without_rounding_is_a_plain_model(folder, model):
     edit_json(folder/"config.json", quantization_config=None)
     assert same(load_model(folder, device="cpu")[0], model)
+
+
+def test_mask_vae_is_carried(folder, model, processor, tmp_path):
+    edit_json(folder/"config.json", mask_vae="0123456789abcdef")
+    loaded, _ = load_model(folder, device="cpu")
+    assert loaded.config.mask_vae == "0123456789abcdef"
+    save_model(loaded, processor, tmp_path/"copy")
+    assert read_config(tmp_path/"copy") == loaded.config
+    from paligemma_nb.quantization import quantize, save_quantized
+    save_quantized(quantize(loaded.bfloat16(), "int8"), processor, tmp_path/"small")
+    assert read_config(tmp_path/"small").mask_vae == "0123456789abcdef"
+    assert "mask_vae" not in json.loads((Path(save_model(model, processor, tmp_path/"none") or tmp_path/"none")
+                                         / "config.json").read_text())
 
 
 # --- names on the hub
@@ -615,6 +632,7 @@ def test_hub_that_says_no(monkeypatch, error, words):
 def hub(folder):
     "A small hub on this machine that answers like the real one. It serves owner/model; owner/gated it shows, no more."
     for name in ("weights.bin", "vae.npz", "README.md"): (folder/name).write_text("large, and not wanted")
+    (folder/"vae-oid.npz").write_text("wanted, if there is one")
     served, sha = [], 40 * "b"
 
     class Hub(BaseHTTPRequestHandler):
@@ -673,7 +691,8 @@ def test_name_is_fetched_once(model, hub, tmp_path):
     assert unknown.startswith("no folder owner/modell, nor such a model on the hub: check the spelling")
     assert stderr == "" and not served
     assert opened("owner/model")[0] == weights
-    wanted = sorted(["config.json", WEIGHTS, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"])
+    wanted = sorted(["config.json", WEIGHTS, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
+                     "vae-oid.npz"])
     assert sorted(served) == wanted
     (tmp_path/"hub"/"models--owner--model"/"snapshots"/(40 * "b")/"tokenizer.json").unlink()
     assert opened("owner/model")[0] == weights  # what is missing is linked again
