@@ -90,7 +90,7 @@ def check_box(box, size: tuple[float, float]): # x1, y1, x2, y2 of a picture of 
                          f"{height}: expected x1, y1, x2, y2 in pixels and size = (width, height)")
     marks = np.asarray(box, dtype=np.float64) / ((width, height) * 2) * (NUM_BINS - 1)
     read = abs(marks - marks.round()).max() < 1e-6  # by `parse_boxes`: an answer may be that small
-    if min(size) > 16 and min(box) >= 0 and 0 < max(box) <= 1 and not read:  # no toy picture
+    if min(size) > 16 and min(box) >= 0 and max(box) <= 1 and not read:  # no toy picture
         raise ValueError(f"expected a box in pixels, got {box!r} for a picture of {width} x {height}: "
                          "if these are parts of the picture, from_yolo_box turns YOLO's centre and "
                          "sides into corners in pixels; multiply corners by width and height")

@@ -9,7 +9,7 @@ from huggingface_hub import constants, errors
 from unittest.mock import Mock
 
 import paligemma_nb
-from paligemma_nb.checkpoint import load_model
+from paligemma_nb.checkpoint import WeightFiles, load_model
 from paligemma_nb.hub import (INDEX, MASK_VAE, PICTURES, WEIGHTS, find_folder, find_processor, find_weights, is_pointer,
                               missing_files, needed_files, read_quantization, shorten, what_else)
 from test_checkpoint import edit_json, fails, put_in_cache, same
@@ -54,6 +54,8 @@ def test_a_clone_without_its_large_files(folder, names):
     for name in names: (folder/name).write_text(POINTER)
     refuses_to_load(folder, ValueError, f"{folder} holds git-lfs pointers instead of {', '.join(sorted(names))}:",
                     "`git lfs pull`")
+    if WEIGHTS in names:
+        with fails(ValueError, f"git-lfs pointers instead of {WEIGHTS}:"): WeightFiles(folder)
     assert is_pointer(folder/names[0]) and not is_pointer(TINY/WEIGHTS) and not is_pointer(folder/"nothing")
 
 
