@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoint import (FLOATS, WeightFiles, check_processor, check_shapes,
-                                     empty_model, load_model, read_config, read_quantization,
-                                     write_folder)
+                                     empty_model, load_model, read_config, write_folder)
 from .gemma import GemmaEmbedding
+from .hub import read_quantization
 from .kernels import _scratch, _seconds, _with_rest, in_bytes, kernels
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
@@ -326,7 +326,6 @@ def load_quantized(
     path, config, settings = folder / "config.json", read_config(folder), read_quantization(folder)
     try:
         if settings is None: raise ValueError("none")
-        if settings["quant_method"] != "paligemma_nb": raise ValueError(f"quant_method {settings['quant_method']!r}")
         options = {name: settings[name] for name in ("weights", "group_size", "rows") if name in settings}
         model = quantize(empty_model(config), **options)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:

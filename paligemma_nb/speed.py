@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoint import find_folder, load_model, read_quantization
+from .checkpoint import load_model
 from .gemma import GemmaEmbedding, GemmaMLP
+from .hub import PARTS, find_folder, read_quantization
 from .kernels import (PackedBytes, _call, _with_rest, in_bytes, kernels,
                                   wide_linear)
 from .paligemma import PaliGemmaForConditionalGeneration
@@ -177,22 +178,27 @@ def open_model(
     *, device: torch.device | str | None = None,  # None: CUDA if there is one, else the CPU
     dtype: torch.dtype | str | None = None,       # None: the file's
     weights: str | None = None,                   # "int8" or "int4": rounded after loading
+    revision: str | None = None,                  # as for `load_model`
+    processor_path: str | Path | None = None,     # as for `load_model`
 ) -> tuple[PaliGemmaForConditionalGeneration, PaliGemmaProcessor]: # for inference, see `pack`
     """`load_model` for whoever wants answers: the weights are laid out for this processor. Small
     weights run on the CPU. Warns, once, where they save memory and no time.
 
     Raises what `load_model` and `quantize` raise; ValueError where a folder's quantised weights are
     not those asked for."""
-    folder = find_folder(model_path)
+    folder = find_folder(model_path, revision, PARTS if processor_path is None else ["weights"])
     settings = read_quantization(folder)
     if settings is None:
         device = "cpu" if weights and device is None else device
-        model, processor = load_model(folder, device=device, dtype=dtype)
+        model, processor = load_model(folder, device=device, dtype=dtype, processor_path=processor_path)
         if weights: quantize(model, weights)
     else:
         if dtype is not None or str(device or "cpu") != "cpu":
             raise ValueError(f"{folder} holds quantised weights: they run on the CPU, in the dtype "
                              "they were saved with")
+        if processor_path is not None:
+            raise ValueError(f"{folder} holds quantised weights, which come with their processor: "
+                             "processor_path is for folders that lack one")
         model, processor = load_quantized(folder)
         if weights not in (None, stored := model.quantization["weights"]):
             raise ValueError(f"{folder} holds {stored} weights, not {weights}")
