@@ -9,6 +9,7 @@ __all__ = ['nucleus', 'next_token', 'generate_tokens', 'generate', 'stream', 'an
 """Answers, token by token: prefill, decode with a cache, greedy choice or nucleus sampling, whole or as a stream;
 how sure the model was of each token, and where it looked."""
 import math
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -39,16 +40,29 @@ def next_token(
     temperature: float = 0.0,                 # 0: the most likely token; else logits are divided by it
     top_p: float = 1.0,                       # mass to sample from, in (0, 1]
     generator: torch.Generator | None = None, # source of chance, on the logits' device
+    step: int = 1,                            # which token of the answer this is: for the error
 ) -> Tensor: # [b]
-    "Chooses a token for each row."
-    # argmax would give the same, but of a large vocabulary in bfloat16 it takes far longer
-    if temperature < torch.finfo(torch.float32).tiny: return logits.max(dim=-1).indices
-    logits = logits.float()  # bfloat16 keeps three digits: too few to add up thousands of probabilities
+    "Chooses a token for each row. Raises ValueError where a row holds NaN or infinity."
+    # argmax would give the same ids, but of a large vocabulary in bfloat16 it takes far longer
+    best, ids = logits.max(dim=-1)
+    _check_finite(best[:, None], step)
+    if temperature < torch.finfo(torch.float32).tiny: return ids
+    logits = logits.float()  # bfloat16 keeps three digits: too few to add up thousands
     # no logit is above 0 now, so that a small temperature cannot overflow
-    probs = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
+    probs = ((logits - best[:, None].float()) / temperature).softmax(dim=-1)
     if top_p >= 1: return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
     probs, ids = nucleus(probs, top_p)
     return ids.gather(-1, torch.multinomial(probs, 1, generator=generator)).squeeze(-1)
+
+
+def _check_finite(best, step): # [b, t], the largest logits of each row, from this step on
+    "NaN and infinity are the largest of their row, so that the other logits need no look."
+    if (fine := best.isfinite()).all(): return
+    row, late = (~fine).nonzero()[0].tolist()
+    found = f"new token {step + late} of row {row}: its logits are not finite in {str(best.dtype)[6:]}"
+    if best.dtype != torch.float16: raise ValueError(f"{found}: the weights (or the inputs) are damaged")
+    raise ValueError(f'{found}, which ends at 65,504: load the model with dtype="bfloat16" or "float32"; '
+                     "if they are not finite there either, the weights are damaged")
 
 # %% ../nbs/11_generation.ipynb #23bee231
 def generate_tokens(
@@ -61,26 +75,62 @@ def generate_tokens(
     top_p: float = 0.9,                       # probability mass of the tokens to sample from, in (0, 1]
     generator: torch.Generator | None = None, # source of chance, on the model's device
 ) -> Iterator[Tensor]: # [b] at each step: a row's next token, its `eos` last, then `pad`; ends when every row has
-    "One token a row, as soon as it is known. Raises ValueError before the first if an argument cannot be served."
+    """One token a row, as soon as it is known. A row without an `eos` was cut off at `max_new_tokens`.
+    Raises ValueError, before the first token, for arguments and inputs that cannot be served;
+    later, where logits are not finite."""
     if max_new_tokens < 1: raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not 0 < top_p <= 1: raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     if not 0 <= temperature < math.inf: raise ValueError(f"temperature must be 0 or more, got {temperature}")
-    _check_room(model, inputs, max_new_tokens)
+    _check_inputs(model, inputs, max_new_tokens)
     return _decode(model, inputs, max_new_tokens, temperature if do_sample else 0.0, top_p, generator)
 
+# %% ../nbs/11_generation.ipynb #c5a1b002
+_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "pixel_values", "image_features"}
 
-def _check_room(model, inputs, new):
-    if "labels" in inputs: raise ValueError("these inputs hold a suffix, which is for training: leave it out")
-    prompt, limit = inputs["input_ids"].shape[1], model.config.text_config.max_position_embeddings
-    if prompt + new > limit:
-        raise ValueError(f"a prompt of {prompt} tokens and {new} new ones do not fit: the context holds {limit}")
+
+def _check_inputs(model, inputs, new):
+    "Raises ValueError for what would give another answer than the one that was meant."
+    if "labels" in inputs or "token_type_ids" in inputs and inputs["token_type_ids"].any():
+        raise ValueError("these inputs hold a suffix, which is for training: leave it out")
+    if unknown := set(inputs) - _INPUTS:
+        raise ValueError(f"expected inputs among {sorted(_INPUTS)}, got {sorted(unknown)}, too")
+    if {"pixel_values", "image_features"} <= set(inputs):
+        raise ValueError("got pixel_values and image_features: leave out one of them")
+    ids, limit = inputs["input_ids"], model.config.text_config.max_position_embeddings
+    if ids.ndim != 2 or not ids.numel():
+        raise ValueError(f"input_ids must be [b, t], not empty, got {list(ids.shape)}")
+    _check_padding(ids, inputs.get("attention_mask"), model.config.pad_token_id)
+    if ids.shape[1] + new > limit:
+        raise ValueError(f"a prompt of {ids.shape[1]} tokens and {new} new ones do not fit: "
+                         f"the context holds {limit}")
+
+
+def _check_padding(ids, mask, pad_token_id):
+    if mask is None:  # a row begins with a picture or <bos> and ends with a newline
+        if (ids[:, [0, -1]] == pad_token_id).any():
+            raise ValueError("input_ids are padded: pass on the attention_mask that came with them")
+        return
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask must be {list(ids.shape)} as input_ids, got {list(mask.shape)}")
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("attention_mask must hold 1 for tokens and 0 for padding, nothing else")
+    if not mask[:, -1].all() or (mask[:, 1:] < mask[:, :-1]).any():
+        raise ValueError("attention_mask must have its zeros on the left, because the answer goes on from "
+                         'the last column: use the processor, or padding_side="left"')
 
 # %% ../nbs/11_generation.ipynb #1170221e
 def _images(inputs): return {name: inputs[name] for name in ("pixel_values", "image_features") if name in inputs}
 
 
-def _answers_only(logits, config): # a picture is no answer
+def _is_eos(tokens, config): return torch.isin(tokens, tokens.new_tensor(config.eos_token_ids))
+
+
+def _answers_only(logits, ended, config): # [..., v], bool [...]
+    "A picture is no answer, and a row that has ended says `<pad>`, whatever its logits: they may be NaN."
     logits[..., config.image_token_index:config.image_token_index + 1] = -math.inf
+    rows = ended.nonzero(as_tuple=True)  # of the others, nothing is read or written
+    logits[rows] = -math.inf
+    logits[(*rows, config.pad_token_id)] = 0.0
     return logits
 
 
@@ -99,10 +149,10 @@ def _decode(model, inputs, max_new_tokens, temperature, top_p, generator):
     for end in range(t, t + max_new_tokens):
         visible = mask[:, :end] if padded else None
         output = model(tokens, attention_mask=visible, kv_cache=cache, logits_to_keep=1, **images)
-        logits = _answers_only(output.logits, config)[:, -1]  # [b, v]
-        new = next_token(logits, temperature, top_p, generator).masked_fill(ended, config.pad_token_id)
+        logits = _answers_only(output.logits[:, -1], ended, config)  # [b, v]
+        new = next_token(logits, temperature, top_p, generator, end - t + 1)
         yield new
-        ended |= new == config.eos_token_id
+        ended |= _is_eos(new, config)
         if ended.all(): return
         tokens, images = new[:, None], {}  # the picture is in the cache now
 
@@ -110,7 +160,8 @@ def _decode(model, inputs, max_new_tokens, temperature, top_p, generator):
 def generate(model, inputs: dict, *, max_new_tokens: int = 100, do_sample: bool = False, temperature: float = 0.8,
              top_p: float = 0.9, generator: torch.Generator | None = None,
 ) -> Tensor: # [b, t] new tokens only: each row up to and with its `eos`, then `pad`; t stops where the last row ended
-    "Whole answers for a batch. The arguments, and what is refused: see `generate_tokens`."
+    """Answers for a batch. One without an `eos` was cut off at `max_new_tokens`: `is_finished` tells.
+    The arguments, and what is refused: see `generate_tokens`."""
     steps = generate_tokens(model, inputs, max_new_tokens=max_new_tokens, do_sample=do_sample,
                             temperature=temperature, top_p=top_p, generator=generator)
     return torch.stack(list(steps), dim=1)
@@ -120,7 +171,8 @@ def stream(model, processor, inputs: dict, *, max_new_tokens: int = 100, do_samp
            temperature: float = 0.8, top_p: float = 0.9, generator: torch.Generator | None = None,
 ) -> Iterator[str]: # pieces of text; joined they are the decoded answer
     """The answer to one prompt as it comes. The arguments, and what is refused: see `generate_tokens`.
-    A character that takes several byte tokens is held back until it is whole."""
+    A character that takes several byte tokens is held back until it is whole. Pieces do not say whether
+    the answer was cut off at `max_new_tokens`; the tokens of `generate_tokens` do, see `is_finished`."""
     if len(inputs["input_ids"]) != 1: raise ValueError(f"stream serves one prompt, got {len(inputs['input_ids'])}")
     return _pieces(processor, generate_tokens(model, inputs, max_new_tokens=max_new_tokens, do_sample=do_sample,
                                               temperature=temperature, top_p=top_p, generator=generator))
@@ -148,13 +200,16 @@ def _read_answer(model, inputs, ids):
         raise ValueError(f"expected ids [{len(prompt)}, t], an answer to each prompt, got {list(ids.shape)}")
     if len(wrong := ids[(ids < 0) | (ids >= v) | (ids == config.image_token_index)]):
         raise ValueError(f"an answer is made of tokens 0 … {v - 1} without <image>, got {wrong[0]}")
-    _check_room(model, inputs, ids.shape[1])
+    _check_inputs(model, inputs, ids.shape[1])
     read = torch.ones_like(ids[:, :-1])  # the last token chooses nothing
     visible = torch.cat((inputs.get("attention_mask", torch.ones_like(prompt)), read), dim=1)
     output = model(torch.cat((prompt, ids[:, :-1]), dim=1), attention_mask=visible, logits_to_keep=ids.shape[1],
                    token_type_ids=torch.cat((torch.zeros_like(prompt), read), dim=1), **_images(inputs))
-    is_eos = (ids == config.eos_token_id).int()
-    return _answers_only(output.logits, config), ids, is_eos.cumsum(dim=1) > is_eos
+    is_eos = _is_eos(ids, config).int()
+    ended = is_eos.cumsum(dim=1) > is_eos
+    logits = _answers_only(output.logits, ended, config)
+    _check_finite(logits.amax(dim=-1), step=1)
+    return logits, ids, ended
 
 # %% ../nbs/11_generation.ipynb #3191dcdd
 @torch.no_grad()
@@ -164,7 +219,7 @@ def answer_probs(
     ids: Tensor,   # [b, t] answers as `generate` returns them: each row up to and with its `eos`, then `pad`
 ) -> Tensor: # [b, t] float32: of each token, given all before it; 1 behind the `eos`
     """Probabilities at temperature 1 of tokens that are known, all from one pass; their product is the answer's.
-    Raises ValueError where `ids` cannot be answers to these inputs."""
+    Raises ValueError where `ids` cannot be answers to these inputs, or logits are not finite."""
     logits, ids, ended = _read_answer(model, inputs, ids)
     probs = logits.float().softmax(dim=-1).gather(-1, ids[..., None])[..., 0]
     return probs.masked_fill(ended, 1.0)
@@ -180,6 +235,9 @@ def token_ends(
     return [min(ends[i:]) for i in range(len(ends))]
 
 # %% ../nbs/11_generation.ipynb #2bfd13e5
+_HOOKING = threading.Lock()  # torch counts its hooks without one
+
+
 @torch.no_grad()
 def answer_attention(
     model, inputs: dict, ids: Tensor,  # as for `answer_probs`; each row with the same number of pictures
@@ -187,15 +245,18 @@ def answer_attention(
     head: int | None = None,           # of the queries; None: the mean over all
 ) -> Tensor: # [b, t, n] float32: picture after picture, each row by row of its patches; 0 behind the `eos`
     """How much of its attention, 1 in all, the position that writes a token pays to each image token.
-    Raises ValueError for a layer or head that is not there, and where `ids` cannot be answers to these inputs."""
+    Raises ValueError for a layer or head that is not there, where `ids` cannot be answers to these
+    inputs, and where logits are not finite."""
     text, is_image = model.config.text_config, inputs["input_ids"] == model.config.image_token_index
     for name, i, count in (("layer", layer, text.num_hidden_layers), ("head", head or 0, text.num_attention_heads)):
         if not -count <= i < count: raise ValueError(f"{name} must lie in {-count} … {count - 1}, got {i}")
     counts = is_image.sum(dim=1).tolist()
     if len(set(counts)) > 1: raise ValueError(f"expected as many <image> tokens in every row, got {counts}")
-    attention, seen = model.language_model.model.layers[layer].self_attn, []
-    with attention.register_forward_pre_hook(lambda module, args: seen.extend(args)):
-        _, ids, ended = _read_answer(model, inputs, ids)
+    attention, seen, here = model.language_model.model.layers[layer].self_attn, [], threading.get_ident()
+    def see(module, args): # other threads may use the model at the same time
+        if threading.get_ident() == here: seen.extend(args)
+    with _HOOKING: hook = attention.register_forward_pre_hook(see)
+    with hook: _, ids, ended = _read_answer(model, inputs, ids)
     x, cos, sin, mask, *_ = seen
     q, k, _ = attention.project(x, cos, sin)
     t = ids.shape[1]  # the last t positions write the answer
