@@ -117,8 +117,8 @@ def _check_padding(ids, mask, pad_token_id):
     if not ((mask == 0) | (mask == 1)).all():
         raise ValueError("attention_mask must hold 1 for tokens and 0 for padding alone")
     if not mask[:, -1].all() or (mask[:, 1:] < mask[:, :-1]).any():
-        raise ValueError("attention_mask must have its zeros on the left, as answers go on from "
-                         'the last column: use the processor, or padding_side="left"')
+        raise ValueError("attention_mask must have its zeros on the left, as answers go on "
+                         'from the last column: use the processor, or padding_side="left"')
 
 # %% ../nbs/11_generation.ipynb #1170221e
 def _images(inputs): return {name: inputs[name] for name in ("pixel_values", "image_features") if name in inputs}

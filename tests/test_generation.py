@@ -2,6 +2,7 @@
 streams, the probabilities of answers and what was looked at while they were written."""
 import copy
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from transformers import TopPLogitsWarper
 
 from paligemma_nb import generation
 from paligemma_nb.gemma import GemmaConfig
-from paligemma_nb.generation import (_pieces, answer_attention, answer_probs, generate, generate_tokens, next_token, nucleus,
-                                     stream, token_ends)
+from paligemma_nb.generation import (_pieces, answer_attention, answer_probs, generate, generate_tokens, is_finished,
+                                     next_token, nucleus, stream, token_ends)
 from paligemma_nb.paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma_nb.processing import PaliGemmaProcessor, train_tokenizer
 from paligemma_nb.siglip import SiglipVisionConfig
@@ -132,6 +133,39 @@ def test_image_is_never_an_answer(model, inputs, sign):
     assert processor.image_token_id not in generate(loud, inputs, max_new_tokens=8, do_sample=True, top_p=1.0)
 
 
+def other_eos(model, eos):
+    model = copy.copy(model)
+    model.config = dataclasses.replace(model.config, eos_token_id=eos)
+    return model
+
+
+def test_any_of_several_eos_ends_a_row(model, inputs):
+    "As transformers does for a config with a list: each row stops behind the first of them."
+    free = generate(model, inputs, max_new_tokens=20)
+    eos = [free[0, 2].item(), free[1, 5].item(), free[2, 7].item()]
+    several = other_eos(model, eos)
+    ids = generate(several, inputs, max_new_tokens=20)
+    lengths = [next((i + 1 for i, token in enumerate(r) if token in eos), 20) for r in free.tolist()]
+    assert len(set(lengths)) >= 3 and max(lengths[:3]) < 20 and ids.shape[1] == max(lengths)
+    for got, whole, n in zip(ids, free, lengths):
+        assert torch.equal(got[:n], whole[:n]) and (got[n:] == model.config.pad_token_id).all()
+    assert (answer_probs(several, inputs, ids)[0, lengths[0]:] == 1).all()
+    assert (answer_attention(several, inputs, ids, 0)[0, lengths[0]:] == 0).all()
+    assert is_finished(ids, several.config).tolist() == [n < 20 or r[-1] in eos for n, r in zip(lengths, free.tolist())]
+
+
+def test_finished_or_cut_off(ending, inputs):
+    whole = generate(ending, inputs, max_new_tokens=20)
+    lengths = [(answer == ending.config.eos_token_id).nonzero()[:1].flatten().tolist() for answer in whole]
+    for room in range(1, 21):
+        ids = generate(ending, inputs, max_new_tokens=room)
+        finished = is_finished(ids, ending.config)
+        assert finished.dtype == torch.bool
+        assert finished.tolist() == [bool(at) and at[0] < room for at in lengths]
+    assert 0 < sum(map(bool, lengths)) < len(inputs["input_ids"])  # both kinds are among them
+    assert is_finished(whole[0], ending.config).ndim == 0  # a single row, too
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(model, inputs, dtype):
     ids = generate(copy.deepcopy(model).to(dtype), inputs, max_new_tokens=6, do_sample=True)
@@ -199,6 +233,164 @@ def test_chance_can_be_repeated(model, inputs):
     for settings in ({}, dict(top_p=1.0), dict(temperature=3.0)):
         assert torch.equal(draw(1, **settings), draw(1, **settings)) and not torch.equal(draw(1, **settings), draw(2, **settings))
     assert torch.equal(torch.get_rng_state(), state)  # a generator of one's own leaves torch's alone
+
+
+# --- inputs that would mean something else
+
+def padded_right(inputs):
+    pads = (inputs["attention_mask"] == 0).sum(dim=1).tolist()
+    def move(x): return torch.stack([r.roll(-n) for r, n in zip(x, pads)])
+    return inputs | {name: move(inputs[name]) for name in ("input_ids", "attention_mask")}
+
+
+def with_mask(inputs, change):
+    mask = inputs["attention_mask"].clone()
+    change(mask)
+    return inputs | dict(attention_mask=mask)
+
+
+def without(inputs, *names): return {name: x for name, x in inputs.items() if name not in names}
+
+
+LEFT = "must have its zeros on the left.*padding_side"
+BAD_INPUTS = {
+    "padded on the right": (padded_right, LEFT),
+    "padded on both sides": (lambda x: with_mask(x, lambda m: m[0, -1:].zero_()), LEFT),
+    "a hole": (lambda x: with_mask(x, lambda m: m[1, 8].zero_()), LEFT),
+    "a hole, as bool": (lambda x: with_mask(x, lambda m: m[1, 8].zero_()) | dict(
+        attention_mask=with_mask(x, lambda m: m[1, 8].zero_())["attention_mask"].bool()), LEFT),
+    "a row of padding": (lambda x: with_mask(x, lambda m: m[2].zero_()), LEFT),
+    "two": (lambda x: with_mask(x, lambda m: m[0, -1:].fill_(2)), "1 for tokens and 0 for padding"),
+    "additive": (lambda x: x | dict(attention_mask=torch.where(x["attention_mask"] > 0, 0., -1e9)),
+                 "1 for tokens and 0 for padding"),
+    "too short a mask": (lambda x: x | dict(attention_mask=x["attention_mask"][:, 1:]), r"shape \[5, 12\], got \[5, 11\]"),
+    "too few rows": (lambda x: x | dict(attention_mask=x["attention_mask"][:1]), r"got \[1, 12\]"),
+    "a mask for each query": (lambda x: x | dict(attention_mask=torch.ones(5, 1, 12, 12)), r"got \[5, 1, 12, 12\]"),
+    "padding without a mask": (lambda x: without(x, "attention_mask"), "hold padding.*attention_mask"),
+    "right padding without a mask": (lambda x: without(padded_right(x), "attention_mask"), "hold padding"),
+    "pictures twice": (lambda x: x | dict(image_features=torch.zeros(5, 4, 40)), "leave out one of them"),
+    "a suffix by its types": (lambda x: x | dict(token_type_ids=torch.ones_like(x["input_ids"])), "hold a suffix"),
+    "unknown": (lambda x: x | dict(position_ids=x["input_ids"]), r"got \['position_ids'\], too"),
+    "one row, flat": (lambda x: without(x, "attention_mask") | dict(input_ids=x["input_ids"][0]), r"\[b, t\].*got \[12\]"),
+    "no rows": (lambda x: without(x, "attention_mask") | dict(input_ids=x["input_ids"][:0]), r"got \[0, 12\]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_inputs_that_would_give_another_answer(model, inputs, case):
+    change, message = BAD_INPUTS[case]
+    assert inputs["input_ids"].shape == (5, 12)
+    wrong, ids = change(inputs), torch.full((5, 2), 9)
+    model.forward = lambda *args, **kwargs: pytest.fail("the model was called")
+    try:
+        with pytest.raises(ValueError, match=message): generate(model, wrong, max_new_tokens=4)
+        if wrong["input_ids"].shape == (5, 12):
+            with pytest.raises(ValueError, match=message): answer_probs(model, wrong, ids)
+            with pytest.raises(ValueError, match=message): answer_attention(model, wrong, ids, 0)
+    finally: del model.forward
+
+
+def test_masks_that_mean_the_same(model, inputs):
+    expected = generate(model, inputs, max_new_tokens=4)
+    for kind in (torch.bool, torch.int32, torch.float32):
+        same = inputs | dict(attention_mask=inputs["attention_mask"].to(kind))
+        assert torch.equal(generate(model, same, max_new_tokens=4), expected)
+
+
+def test_a_pad_that_was_written_in_the_prompt_is_no_padding(model):
+    "Its name in a text becomes its id: without a mask, only the ends of a row tell of padding."
+    picture = np.zeros((28, 28, 3), np.uint8)
+    inputs = processor(picture, "caption <pad> en")
+    assert (inputs["input_ids"] == 0).any()
+    assert torch.equal(generate(model, without(inputs, "attention_mask"), max_new_tokens=4),
+                       generate(model, inputs, max_new_tokens=4))
+
+
+# --- logits that are not finite
+
+def overflowing(model, dtype=torch.float16): # one matrix scaled by 20,000
+    loud = copy.deepcopy(model).to(dtype)
+    with torch.no_grad(): loud.language_model.model.layers[1].mlp.down_proj.weight *= 20_000
+    return loud
+
+
+GREEDY = dict(max_new_tokens=4)
+WAYS = GREEDY, GREEDY | dict(do_sample=True, top_p=1.0), GREEDY | dict(do_sample=True, top_p=.9)
+
+
+def test_float16_that_overflows_is_refused(model, inputs):
+    loud, ids = overflowing(model), torch.full((5, 3), 9)
+    message = r'^new token 1 of row 0: its logits are not finite in float16.*dtype="bfloat16" or "float32".*damaged$'
+    for settings in WAYS:
+        with pytest.raises(ValueError, match=message): generate(loud, inputs, **settings)
+        with pytest.raises(ValueError, match=message): list(stream(loud, processor, row(inputs, 1), **settings))
+        steps = generate_tokens(loud, inputs, **settings)
+        with pytest.raises(ValueError, match=message): next(steps)
+    with pytest.raises(ValueError, match=message): answer_probs(loud, inputs, ids)
+    with pytest.raises(ValueError, match=message): answer_attention(loud, inputs, ids, 0)
+    wide = overflowing(model, torch.bfloat16)  # the way out that the message names
+    assert generate(wide, inputs, max_new_tokens=3).shape == (5, 3) and answer_probs(wide, inputs, ids).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_damaged_weights_are_refused(model, inputs, dtype):
+    damaged = copy.deepcopy(model).to(dtype)
+    with torch.no_grad(): damaged.language_model.model.layers[0].mlp.up_proj.weight[3, 5] = torch.nan
+    message = f"^new token 1 of row 0: its logits are not finite in {str(dtype)[6:]}: the weights .* damaged$"
+    for settings in WAYS:
+        with pytest.raises(ValueError, match=message): generate(damaged, inputs, **settings)
+
+
+class Scripted:
+    "Stands in for the model's forward: logits [steps, b, v], given out step by step or all at once."
+    def __init__(self, model, logits):
+        self.model, self.logits, self.step = copy.copy(model), logits, 0
+        self.model.forward = self.forward
+    def forward(self, tokens, logits_to_keep=0, **_):
+        steps = self.logits[self.step:self.step + logits_to_keep]
+        self.step += 1
+        return type("Output", (), dict(logits=steps.transpose(0, 1).clone()))
+
+
+BAD_ROWS = {"nan": lambda r: r[7].fill_(torch.nan), "all nan": lambda r: r.fill_(torch.nan),
+            "inf": lambda r: r[7].fill_(torch.inf), "all -inf": lambda r: r.fill_(-torch.inf),
+            "inf - inf": lambda r: r[7:9].copy_(torch.tensor([torch.inf, -torch.inf]))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("how", BAD_ROWS)
+def test_one_bad_row_at_one_step(model, inputs, how, dtype):
+    logits = torch.randn(4, 5, processor.vocab_size, generator=torch.Generator().manual_seed(1)).to(dtype)
+    BAD_ROWS[how](logits[2, 3])
+    for settings in WAYS:
+        steps = generate_tokens(Scripted(model, logits).model, inputs, **settings)
+        assert [len(next(steps)) for _ in range(2)] == [5, 5]  # what came before is given out
+        with pytest.raises(ValueError, match="^new token 3 of row 3: its logits are not finite"): next(steps)
+        with pytest.raises(ValueError, match="of row 3"): next_token(logits[2], settings.get("do_sample", 0) * 1.)
+    for read in (answer_probs, lambda *args: generation._read_answer(*args)):
+        with pytest.raises(ValueError, match="^new token 3 of row 3"):
+            read(Scripted(model, logits).model, inputs, torch.full((5, 4), 9))
+
+
+@pytest.mark.parametrize("how", BAD_ROWS)
+def test_a_row_that_has_ended_counts_no_more(model, inputs, how):
+    logits = torch.zeros(4, 5, processor.vocab_size)
+    logits[..., 9] = 50.
+    logits[0, 3, 9], logits[0, 3, 11] = 0., 50.
+    model = other_eos(model, 11)
+    BAD_ROWS[how](logits[1, 3])
+    for settings in WAYS:
+        ids = generate(Scripted(model, logits).model, inputs, **settings)
+        assert ids[3].tolist() == [11, 0, 0, 0] and (ids[[0, 1, 2, 4]] == 9).all()
+    assert torch.allclose(answer_probs(Scripted(model, logits).model, inputs, ids), torch.ones(5, 4))
+
+
+def test_minus_infinity_means_never(model, inputs):
+    logits = torch.zeros(1, 5, processor.vocab_size).half()
+    logits[..., 100:] = -torch.inf
+    for settings in WAYS:
+        ids = generate(Scripted(model, logits).model, inputs, **settings | dict(max_new_tokens=1))
+        assert ids.max() < 100
 
 
 # --- the choice
@@ -428,6 +620,39 @@ def test_reading_refuses_inputs(model, inputs):
     uneven = processor([[picture], [picture, picture]], ["<image>a", "<image><image>a"])
     assert answer_probs(model, uneven, ids).shape == (2, 2)
     with pytest.raises(ValueError, match=r"as many <image> tokens in every row, got \[4, 8\]"): answer_attention(model, uneven, ids, 0)
+
+
+def test_attention_is_of_its_own_thread(model, inputs):
+    "Another thread uses the model in the midst of the pass that is watched, and reads its own attention there."
+    ids = generate(model, inputs, max_new_tokens=4)
+    expected, other = answer_attention(model, inputs, ids, 1), []
+    main = threading.get_ident()
+
+    def interrupt(module, args): # in front of the layer that is watched, and only once
+        if threading.get_ident() != main or other: return
+        def work():
+            other.append(generate(model, row(inputs, 1), max_new_tokens=4))
+            other.append(answer_attention(model, row(inputs, 1), ids[1:2], 1))
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    with model.language_model.model.layers[0].register_forward_pre_hook(interrupt):
+        got = answer_attention(model, inputs, ids, 1)
+    assert torch.equal(got, expected) and torch.equal(other[0], ids[1:2])
+    torch.testing.assert_close(other[1], expected[1:2], rtol=1e-4, atol=1e-6)
+
+
+def test_attention_of_many_threads(model, inputs):
+    ids, wrong = generate(model, inputs, max_new_tokens=4), []
+    rows = [(row(inputs, i), ids[i:i + 1]) for i in range(5)]
+    expected = [answer_attention(model, x, y, 0) for x, y in rows]
+    def work(i):
+        for _ in range(20):
+            if not torch.equal(answer_attention(model, *rows[i], 0), expected[i]): wrong.append(i)
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(5)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    assert not wrong
 
 
 def test_no_hook_stays(model, inputs):
