@@ -25,13 +25,18 @@ _NORMALIZED = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(.5))
 def to_rgb(
     image: Image.Image | np.ndarray, # picture of any Pillow mode, or uint8 array [height, width, 3]
 ) -> Image.Image: # mode RGB, upright
-    "Turn `image` upright (EXIF), lay transparency on white as transformers does, bring every depth to 8 bits."
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"an image array must be uint8 [height, width, 3], got {image.dtype} {list(image.shape)}")
-        image = Image.fromarray(image)
+    """Turn `image` upright (EXIF), lay transparency on white as transformers does, bring every
+    depth to 8 bits. Deep greys are clipped between black, 0, and white: 65535 in 16-bit modes; in
+    `I` and `F` the first of 1 (`F` alone), 255, 65535 that is at least half of the brightest pixel
+    (resizing overshoots), else the brightest pixel. Raises ValueError where that leaves it open:
+    NaN or infinity; all pixels below 0, or one below -0.75 of white; the brightest more than twice
+    one of the whites and less than a sixteenth of the next."""
+    if isinstance(image, np.ndarray): image = Image.fromarray(_check_array(image))
     if not isinstance(image, Image.Image):
-        raise TypeError(f"an image must be a PIL image or a uint8 array, got {type(image).__name__}")
+        way = (": open_image opens files" if isinstance(image, (str, Path)) else
+               ": tensor.permute(1, 2, 0).numpy()" if isinstance(image, torch.Tensor) else "")
+        got = type(image).__name__ + way
+        raise TypeError(f"an image must be a PIL image or a uint8 array, got {got}")
     if 0 in image.size: raise ValueError(f"the image has no pixels: {image.width} x {image.height}")
     image = _upright(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"): return _deep_to_rgb(image)
@@ -42,6 +47,9 @@ def to_rgb(
     return image.convert("RGB")
 
 # %% ../nbs/10_processing.ipynb #67738589
+class _Unclear(ValueError): "A picture's numbers do not say what is black and what is white."
+
+
 def _upright(image):
     image.load()  # a damaged picture must fail here; damaged EXIF, below, is no reason to refuse it
     try: return ImageOps.exif_transpose(image)
@@ -50,10 +58,29 @@ def _upright(image):
 
 def _deep_to_rgb(image):
     "Scale 16-bit, 32-bit and float greys to 8 bits; Pillow's own conversion clips them at 255."
-    grey = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0., neginf=0.)
+    grey = np.asarray(image).astype(np.float64)
+    if not np.isfinite(grey).all(): raise _Unclear("the picture holds NaN or infinity")
     whites = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
-    white = next((w for w in whites if grey.max() <= w), grey.max())
-    return Image.fromarray((grey.clip(0) * (255 / white)).round().astype(np.uint8)).convert("RGB")
+    low, high = grey.min(), grey.max()
+    # at worst, Lanczos makes -0.69 … 1.69 of 0 … 1, and bicubic -0.28 … 1.28
+    white = next((w for w in whites if high <= 2 * w), high)
+    if high < 0 or low < -.75 * white or whites[0] < white and high < white / 16:
+        raise _Unclear(f"the picture's values, {low:g} to {high:g}, do not tell what is black "
+                       "and what is white: scale them to 0 … 255")
+    levels = (grey.clip(0, white) * (255 / white)).round()
+    return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+
+# %% ../nbs/10_processing.ipynb #c5a1b104
+def _check_array(array):
+    shape, ways = array.shape, []
+    if array.dtype == np.uint8 and len(shape) == 3 and shape[2] == 3: return array
+    if len(shape) == 4: ways.append("give a list of pictures, list(array)")
+    if len(shape) == 3 and shape[0] in (1, 3, 4) and shape[2] not in (1, 3, 4):
+        ways.append("put the channels last, array.transpose(1, 2, 0)")
+    if array.dtype != np.uint8: ways.append("scale it to 0 … 255, .round().astype(np.uint8)")
+    if not ways: ways.append("PIL.Image.fromarray takes greys [height, width] and RGBA")
+    raise ValueError("an image array must be uint8 [height, width, 3], got "
+                     f"{array.dtype} {list(shape)}: {'; '.join(ways)}")
 
 # %% ../nbs/10_processing.ipynb #4b581f60
 def image_to_tensor(
@@ -68,8 +95,9 @@ def image_to_tensor(
 def open_image(
     path: str | Path, # picture file of any format that Pillow reads; of an animation the first frame is taken
 ) -> Image.Image: # mode RGB, upright
-    """Read a picture. Raises `FileNotFoundError` if there is none, `ValueError` if it is no picture, is damaged, or is
-    so large (`2 * PIL.Image.MAX_IMAGE_PIXELS`) that Pillow suspects a decompression bomb."""
+    """Read a picture. Raises `FileNotFoundError` if there is none, `ValueError` if it is no picture,
+    is damaged, leaves open what is white (see `to_rgb`), or is so large that Pillow suspects a
+    decompression bomb (`2 * PIL.Image.MAX_IMAGE_PIXELS`)."""
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"no such picture: {path}")
     if not path.is_file(): raise ValueError(f"not a picture file: {path}")
@@ -78,6 +106,7 @@ def open_image(
     except UnidentifiedImageError: raise ValueError(f"not a picture that Pillow can read: {path}") from None
     except Image.DecompressionBombError as e: raise ValueError(f"the picture is too large: {path}: {e}") from None
     except PermissionError: raise
+    except _Unclear as e: raise ValueError(f"{path}: {e}") from None
     except Exception as e:  # each of Pillow's decoders fails on damaged data in its own way
         raise ValueError(f"the picture is damaged or cut short: {path}: {e}") from e
 
@@ -162,14 +191,21 @@ def left_pad(
     suffixes: list[list[int]] | None = None, # ids of each row's answer and <eos>, for training
     pad_token_id: int = 0,
 ) -> dict[str, torch.Tensor]: # input_ids, attention_mask, token_type_ids, with suffixes labels; all [b, t] int64
-    "Rows of unequal lengths in one rectangle, their ends aligned."
+    """Rows of unequal lengths in one rectangle, their ends aligned. Raises ValueError unless every
+    row has a suffix or `suffixes` is None, and where a prefix or a suffix is empty."""
+    if suffixes is not None and len(suffixes) != len(prefixes):
+        raise ValueError(f"got {len(suffixes)} suffixes for {len(prefixes)} rows")
+    if not len(prefixes): raise ValueError("there are no rows to pad")
+    for name, rows in ("prefix", prefixes), ("suffix", suffixes or []):
+        if (empty := [i for i, ids in enumerate(rows) if not len(ids)]):
+            raise ValueError(f"every row needs a {name}: row {empty[0]} has none")
     answers = suffixes or [[]] * len(prefixes)
     b, t = len(prefixes), max(len(p) + len(s) for p, s in zip(prefixes, answers))
     input_ids = torch.full((b, t), pad_token_id)
     attention_mask, token_type_ids = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
     for row, (prefix, answer) in enumerate(zip(prefixes, answers)):
         start = t - len(prefix) - len(answer)
-        input_ids[row, start:] = torch.tensor(prefix + answer)
+        input_ids[row, start:] = torch.tensor([*prefix, *answer])
         attention_mask[row, start:] = 1
         token_type_ids[row, t - len(answer):] = 1
     padded = dict(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
@@ -211,8 +247,11 @@ class TextProcessor:
 
 # %% ../nbs/10_processing.ipynb #5c3a9bab
 class PaliGemmaProcessor(TextProcessor):
-    """Pictures and prompts in, the model's tensors out. A row is `<image>` x n, `<bos>`, the prompt, a newline and, in
-    training, the suffix and `<eos>`; rows are padded on the left."""
+    """Pictures and prompts in, the model's tensors out. A row is `<image>` x n, `<bos>`, the prompt,
+    a newline and, in training, the suffix and `<eos>`; rows are padded on the left.
+    A prompt is taken as it stands, to give transformers' ids: one that ends with a newline gets a
+    second one, and blanks around it become tokens. Models are not trained on either and answer
+    something else, so `strip()` what somebody typed."""
 
     def __init__(self,
         tokenizer, # see `TextProcessor`
@@ -226,7 +265,7 @@ class PaliGemmaProcessor(TextProcessor):
 
     def __call__(self,
         images, # see `place_images`; each picture as `to_rgb` takes it
-        text: str | list[str], # the prompt of each row, with or without <image> for each of its pictures
+        text: str | list[str], # each row's prompt; with or without <image> for its pictures
         suffix: str | list[str] | None = None, # the answer of each row, for training
     ) -> dict[str, torch.Tensor]: # pixel_values [images, 3, s, s], and what `left_pad` gives
         texts = _as_list(text, "text")
