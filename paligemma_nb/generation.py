@@ -41,7 +41,7 @@ def next_token(
     temperature: float = 0.0,                 # 0: the most likely token; else logits are divided by it
     top_p: float = 1.0,                       # mass to sample from, in (0, 1]
     generator: torch.Generator | None = None, # source of chance, on the logits' device
-    step: int = 1,                            # which token of the answer this is: for the error
+    step: int = 1,                            # which token of the answer it is, for errors
 ) -> Tensor: # [b]
     "Chooses a token for each row. Raises ValueError where a row holds NaN or infinity."
     # argmax would give the same ids, but of a large vocabulary in bfloat16 it takes far longer
@@ -60,10 +60,11 @@ def _check_finite(best, step): # [b, t], the largest logits of each row, from th
     "NaN and infinity are the largest of their row, so that the other logits need no look."
     if (fine := best.isfinite()).all(): return
     row, late = (~fine).nonzero()[0].tolist()
-    found = f"new token {step + late} of row {row}: its logits are not finite in {str(best.dtype)[6:]}"
-    if best.dtype != torch.float16: raise ValueError(f"{found}: the weights (or the inputs) are damaged")
-    raise ValueError(f'{found}, which ends at 65,504: load the model with dtype="bfloat16" or "float32"; '
-                     "if they are not finite there either, the weights are damaged")
+    dtype = str(best.dtype).removeprefix("torch.")
+    found = f"new token {step + late} of row {row}: its logits are not finite in {dtype}"
+    if dtype != "float16": raise ValueError(f"{found}: the weights (or inputs) are damaged")
+    raise ValueError(f'{found}, which ends at 65,504: load the model with dtype="bfloat16" or '
+                     '"float32"; if that does not help, the weights are damaged')
 
 # %% ../nbs/11_generation.ipynb #23bee231
 def generate_tokens(
@@ -76,9 +77,9 @@ def generate_tokens(
     top_p: float = 0.9,                       # probability mass of the tokens to sample from, in (0, 1]
     generator: torch.Generator | None = None, # source of chance, on the model's device
 ) -> Iterator[Tensor]: # [b] at each step: a row's next token, its `eos` last, then `pad`; ends when every row has
-    """One token a row, as soon as it is known. A row without an `eos` was cut off at `max_new_tokens`.
-    Raises ValueError, before the first token, for arguments and inputs that cannot be served;
-    later, where logits are not finite."""
+    """One token a row, as soon as it is known. A row without an `eos` was cut off at
+    `max_new_tokens`. Raises ValueError, before the first token, for arguments and inputs
+    that cannot be served; later, where logits are not finite."""
     if max_new_tokens < 1: raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not 0 < top_p <= 1: raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     if not 0 <= temperature < math.inf: raise ValueError(f"temperature must be 0 or more, got {temperature}")
@@ -128,7 +129,7 @@ def _is_eos(tokens, config): return torch.isin(tokens, tokens.new_tensor(config.
 
 
 def _answers_only(logits, ended, config): # [..., v], bool [...]
-    "A picture is no answer, and a row that has ended says `<pad>`, whatever its logits: they may be NaN."
+    "A picture is no answer; a row that has ended says `<pad>`, even if its logits are NaN."
     logits[..., config.image_token_index:config.image_token_index + 1] = -math.inf
     rows = ended.nonzero(as_tuple=True)  # of the others, nothing is read or written
     logits[rows] = -math.inf
@@ -162,8 +163,8 @@ def _decode(model, inputs, max_new_tokens, temperature, top_p, generator):
 def generate(model, inputs: dict, *, max_new_tokens: int = 100, do_sample: bool = False, temperature: float = 0.8,
              top_p: float = 0.9, generator: torch.Generator | None = None,
 ) -> Tensor: # [b, t] new tokens only: each row up to and with its `eos`, then `pad`; t stops where the last row ended
-    """Answers for a batch. One without an `eos` was cut off at `max_new_tokens`: `is_finished` tells.
-    The arguments, and what is refused: see `generate_tokens`."""
+    """Answers for a batch. One without an `eos` was cut off at `max_new_tokens`:
+    `is_finished` tells. The arguments, and what is refused: see `generate_tokens`."""
     steps = generate_tokens(model, inputs, max_new_tokens=max_new_tokens, do_sample=do_sample,
                             temperature=temperature, top_p=top_p, generator=generator)
     return torch.stack(list(steps), dim=1)
@@ -180,9 +181,10 @@ def is_finished(
 def stream(model, processor, inputs: dict, *, max_new_tokens: int = 100, do_sample: bool = False,
            temperature: float = 0.8, top_p: float = 0.9, generator: torch.Generator | None = None,
 ) -> Iterator[str]: # pieces of text; joined they are the decoded answer
-    """The answer to one prompt as it comes. The arguments, and what is refused: see `generate_tokens`.
-    A character that takes several byte tokens is held back until it is whole. Pieces do not say whether
-    the answer was cut off at `max_new_tokens`; the tokens of `generate_tokens` do, see `is_finished`."""
+    """The answer to one prompt as it comes. The arguments, and what is refused: see
+    `generate_tokens`. A character that takes several byte tokens is held back until it is
+    whole. Pieces do not say whether the answer was cut off at `max_new_tokens`; the tokens
+    of `generate_tokens` do, see `is_finished`."""
     if len(inputs["input_ids"]) != 1: raise ValueError(f"stream serves one prompt, got {len(inputs['input_ids'])}")
     return _pieces(processor, generate_tokens(model, inputs, max_new_tokens=max_new_tokens, do_sample=do_sample,
                                               temperature=temperature, top_p=top_p, generator=generator))
@@ -228,8 +230,9 @@ def answer_probs(
     inputs: dict,  # as for `generate`
     ids: Tensor,   # [b, t] answers as `generate` returns them: each row up to and with its `eos`, then `pad`
 ) -> Tensor: # [b, t] float32: of each token, given all before it; 1 behind the `eos`
-    """Probabilities at temperature 1 of tokens that are known, all from one pass; their product is the answer's.
-    Raises ValueError where `ids` cannot be answers to these inputs, or logits are not finite."""
+    """Probabilities at temperature 1 of tokens that are known, all from one pass; their
+    product is the answer's. Raises ValueError where `ids` cannot be answers to these inputs,
+    or logits are not finite."""
     logits, ids, ended = _read_answer(model, inputs, ids)
     probs = logits.float().softmax(dim=-1).gather(-1, ids[..., None])[..., 0]
     return probs.masked_fill(ended, 1.0)
@@ -254,15 +257,16 @@ def answer_attention(
     layer: int,                        # of the decoder; -1 is the last
     head: int | None = None,           # of the queries; None: the mean over all
 ) -> Tensor: # [b, t, n] float32: picture after picture, each row by row of its patches; 0 behind the `eos`
-    """How much of its attention, 1 in all, the position that writes a token pays to each image token.
-    Raises ValueError for a layer or head that is not there, where `ids` cannot be answers to these
-    inputs, and where logits are not finite."""
+    """How much of its attention, 1 in all, the position that writes a token pays to each
+    image token. Raises ValueError for a layer or head that is not there, where `ids` cannot
+    be answers to these inputs, and where logits are not finite."""
     text, is_image = model.config.text_config, inputs["input_ids"] == model.config.image_token_index
     for name, i, count in (("layer", layer, text.num_hidden_layers), ("head", head or 0, text.num_attention_heads)):
         if not -count <= i < count: raise ValueError(f"{name} must lie in {-count} … {count - 1}, got {i}")
     counts = is_image.sum(dim=1).tolist()
     if len(set(counts)) > 1: raise ValueError(f"expected as many <image> tokens in every row, got {counts}")
-    attention, seen, here = model.language_model.model.layers[layer].self_attn, [], threading.get_ident()
+    attention = model.language_model.model.layers[layer].self_attn
+    seen, here = [], threading.get_ident()
     def see(module, args): # other threads may use the model at the same time
         if threading.get_ident() == here: seen.extend(args)
     with _HOOKING: hook = attention.register_forward_pre_hook(see)

@@ -25,12 +25,13 @@ _NORMALIZED = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(.5))
 def to_rgb(
     image: Image.Image | np.ndarray, # picture of any Pillow mode, or uint8 array [height, width, 3]
 ) -> Image.Image: # mode RGB, upright
-    """Turn `image` upright (EXIF), lay transparency on white as transformers does, bring every
-    depth to 8 bits. Deep greys are clipped between black, 0, and white: 65535 in 16-bit modes; in
-    `I` and `F` the first of 1 (`F` alone), 255, 65535 that is at least half of the brightest pixel
-    (resizing overshoots), else the brightest pixel. Raises ValueError where that leaves it open:
-    NaN or infinity; all pixels below 0, or one below -0.75 of white; the brightest more than twice
-    one of the whites and less than a sixteenth of the next."""
+    """Turn `image` upright (EXIF), lay transparency on white as transformers does, bring
+    every depth to 8 bits. Deep greys are clipped between black, 0, and white: 65535 in
+    16-bit modes; in `I` and `F` the first of 1 (`F` alone), 255, 65535 that is at least half
+    of the brightest pixel (resizing overshoots), else the brightest pixel. Raises ValueError
+    where that leaves it open: NaN or infinity; all pixels below 0, or one below -0.75 of
+    white; the brightest more than twice one of the whites and less than a sixteenth of the
+    next."""
     if isinstance(image, np.ndarray): image = Image.fromarray(_check_array(image))
     if not isinstance(image, Image.Image):
         way = (": open_image opens files" if isinstance(image, (str, Path)) else
@@ -95,9 +96,9 @@ def image_to_tensor(
 def open_image(
     path: str | Path, # picture file of any format that Pillow reads; of an animation the first frame is taken
 ) -> Image.Image: # mode RGB, upright
-    """Read a picture. Raises `FileNotFoundError` if there is none, `ValueError` if it is no picture,
-    is damaged, leaves open what is white (see `to_rgb`), or is so large that Pillow suspects a
-    decompression bomb (`2 * PIL.Image.MAX_IMAGE_PIXELS`)."""
+    """Read a picture. Raises `FileNotFoundError` if there is none, `ValueError` if it is no
+    picture, is damaged, leaves open what is white (see `to_rgb`), or is so large that Pillow
+    suspects a decompression bomb (`2 * PIL.Image.MAX_IMAGE_PIXELS`)."""
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"no such picture: {path}")
     if not path.is_file(): raise ValueError(f"not a picture file: {path}")
@@ -191,8 +192,8 @@ def left_pad(
     suffixes: list[list[int]] | None = None, # ids of each row's answer and <eos>, for training
     pad_token_id: int = 0,
 ) -> dict[str, torch.Tensor]: # input_ids, attention_mask, token_type_ids, with suffixes labels; all [b, t] int64
-    """Rows of unequal lengths in one rectangle, their ends aligned. Raises ValueError unless every
-    row has a suffix or `suffixes` is None, and where a prefix or a suffix is empty."""
+    """Rows of unequal lengths in one rectangle, their ends aligned. Raises ValueError unless
+    every row has a suffix or `suffixes` is None, and where a prefix or a suffix is empty."""
     if suffixes is not None and len(suffixes) != len(prefixes):
         raise ValueError(f"got {len(suffixes)} suffixes for {len(prefixes)} rows")
     if not len(prefixes): raise ValueError("there are no rows to pad")
@@ -247,11 +248,11 @@ class TextProcessor:
 
 # %% ../nbs/10_processing.ipynb #5c3a9bab
 class PaliGemmaProcessor(TextProcessor):
-    """Pictures and prompts in, the model's tensors out. A row is `<image>` x n, `<bos>`, the prompt,
-    a newline and, in training, the suffix and `<eos>`; rows are padded on the left.
-    A prompt is taken as it stands, to give transformers' ids: one that ends with a newline gets a
-    second one, and blanks around it become tokens. Models are not trained on either and answer
-    something else, so `strip()` what somebody typed."""
+    """Pictures and prompts in, the model's tensors out. A row is `<image>` x n, `<bos>`, the
+    prompt, a newline and, in training, the suffix and `<eos>`; rows are padded on the left.
+    A prompt is taken as it stands, to give transformers' ids: one that ends with a newline
+    gets a second one, and blanks around it become tokens. Models are not trained on either
+    and answer something else, so `strip()` what somebody typed."""
 
     def __init__(self,
         tokenizer, # see `TextProcessor`

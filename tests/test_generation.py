@@ -14,8 +14,9 @@ from transformers import TopPLogitsWarper
 
 from paligemma_nb import generation
 from paligemma_nb.gemma import GemmaConfig
-from paligemma_nb.generation import (_pieces, answer_attention, answer_probs, generate, generate_tokens, is_finished,
-                                     next_token, nucleus, stream, token_ends)
+from paligemma_nb.generation import (_pieces, answer_attention, answer_probs, generate,
+                                     generate_tokens, is_finished, next_token, nucleus, stream,
+                                     token_ends)
 from paligemma_nb.paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma_nb.processing import PaliGemmaProcessor, train_tokenizer
 from paligemma_nb.siglip import SiglipVisionConfig
@@ -145,18 +146,19 @@ def test_any_of_several_eos_ends_a_row(model, inputs):
     eos = [free[0, 2].item(), free[1, 5].item(), free[2, 7].item()]
     several = other_eos(model, eos)
     ids = generate(several, inputs, max_new_tokens=20)
-    lengths = [next((i + 1 for i, token in enumerate(r) if token in eos), 20) for r in free.tolist()]
+    ends = torch.isin(free, torch.tensor(eos))
+    lengths = [r.nonzero()[0].item() + 1 if r.any() else 20 for r in ends]
     assert len(set(lengths)) >= 3 and max(lengths[:3]) < 20 and ids.shape[1] == max(lengths)
     for got, whole, n in zip(ids, free, lengths):
         assert torch.equal(got[:n], whole[:n]) and (got[n:] == model.config.pad_token_id).all()
     assert (answer_probs(several, inputs, ids)[0, lengths[0]:] == 1).all()
     assert (answer_attention(several, inputs, ids, 0)[0, lengths[0]:] == 0).all()
-    assert is_finished(ids, several.config).tolist() == [n < 20 or r[-1] in eos for n, r in zip(lengths, free.tolist())]
+    assert is_finished(ids, several.config).tolist() == ends.any(dim=1).tolist()
 
 
 def test_finished_or_cut_off(ending, inputs):
     whole = generate(ending, inputs, max_new_tokens=20)
-    lengths = [(answer == ending.config.eos_token_id).nonzero()[:1].flatten().tolist() for answer in whole]
+    lengths = [r.nonzero()[:1].flatten().tolist() for r in whole == ending.config.eos_token_id]
     for room in range(1, 21):
         ids = generate(ending, inputs, max_new_tokens=room)
         finished = is_finished(ids, ending.config)
@@ -249,30 +251,37 @@ def with_mask(inputs, change):
     return inputs | dict(attention_mask=mask)
 
 
-def without(inputs, *names): return {name: x for name, x in inputs.items() if name not in names}
+def unmasked(inputs): return {k: x for k, x in inputs.items() if k != "attention_mask"}
 
 
 LEFT = "must have its zeros on the left.*padding_side"
+ZEROS_AND_ONES = "1 for tokens and 0 for padding"
 BAD_INPUTS = {
     "padded on the right": (padded_right, LEFT),
     "padded on both sides": (lambda x: with_mask(x, lambda m: m[0, -1:].zero_()), LEFT),
     "a hole": (lambda x: with_mask(x, lambda m: m[1, 8].zero_()), LEFT),
-    "a hole, as bool": (lambda x: with_mask(x, lambda m: m[1, 8].zero_()) | dict(
-        attention_mask=with_mask(x, lambda m: m[1, 8].zero_())["attention_mask"].bool()), LEFT),
+    "a hole, as bool": (lambda x: x | dict(attention_mask=torch.arange(12).expand(5, -1) != 8),
+                        LEFT),
     "a row of padding": (lambda x: with_mask(x, lambda m: m[2].zero_()), LEFT),
-    "two": (lambda x: with_mask(x, lambda m: m[0, -1:].fill_(2)), "1 for tokens and 0 for padding"),
-    "additive": (lambda x: x | dict(attention_mask=torch.where(x["attention_mask"] > 0, 0., -1e9)),
-                 "1 for tokens and 0 for padding"),
-    "too short a mask": (lambda x: x | dict(attention_mask=x["attention_mask"][:, 1:]), r"shape \[5, 12\], got \[5, 11\]"),
-    "too few rows": (lambda x: x | dict(attention_mask=x["attention_mask"][:1]), r"got \[1, 12\]"),
-    "a mask for each query": (lambda x: x | dict(attention_mask=torch.ones(5, 1, 12, 12)), r"got \[5, 1, 12, 12\]"),
-    "padding without a mask": (lambda x: without(x, "attention_mask"), "hold padding.*attention_mask"),
-    "right padding without a mask": (lambda x: without(padded_right(x), "attention_mask"), "hold padding"),
-    "pictures twice": (lambda x: x | dict(image_features=torch.zeros(5, 4, 40)), "leave out one of them"),
-    "a suffix by its types": (lambda x: x | dict(token_type_ids=torch.ones_like(x["input_ids"])), "hold a suffix"),
-    "unknown": (lambda x: x | dict(position_ids=x["input_ids"]), r"got \['position_ids'\], too"),
-    "one row, flat": (lambda x: without(x, "attention_mask") | dict(input_ids=x["input_ids"][0]), r"\[b, t\].*got \[12\]"),
-    "no rows": (lambda x: without(x, "attention_mask") | dict(input_ids=x["input_ids"][:0]), r"got \[0, 12\]"),
+    "two": (lambda x: with_mask(x, lambda m: m[0, -1:].fill_(2)), ZEROS_AND_ONES),
+    "additive": (lambda x: x | dict(attention_mask=(x["attention_mask"] - 1) * 1e9),
+                 ZEROS_AND_ONES),
+    "too short a mask": (lambda x: x | dict(attention_mask=x["attention_mask"][:, 1:]),
+                         r"shape \[5, 12\], got \[5, 11\]"),
+    "too few rows": (lambda x: x | dict(attention_mask=x["attention_mask"][:1]),
+                     r"got \[1, 12\]"),
+    "a mask for each query": (lambda x: x | dict(attention_mask=torch.ones(5, 1, 12, 12)),
+                              r"got \[5, 1, 12, 12\]"),
+    "padding without a mask": (unmasked, "hold padding.*attention_mask"),
+    "right padding without a mask": (lambda x: unmasked(padded_right(x)), "hold padding"),
+    "pictures twice": (lambda x: x | dict(image_features=torch.zeros(5, 4, 40)),
+                       "leave out one"),
+    "a suffix by its types": (lambda x: x | dict(token_type_ids=x["input_ids"] > 0),
+                              "hold a suffix"),
+    "unknown": (lambda x: x | dict(position_ids=x["input_ids"]), r"\['position_ids'\], too"),
+    "one row, flat": (lambda x: unmasked(x) | dict(input_ids=x["input_ids"][0]),
+                      r"\[b, t\].*got \[12\]"),
+    "no rows": (lambda x: unmasked(x) | dict(input_ids=x["input_ids"][:0]), r"got \[0, 12\]"),
 }
 
 
@@ -286,7 +295,8 @@ def test_inputs_that_would_give_another_answer(model, inputs, case):
         with pytest.raises(ValueError, match=message): generate(model, wrong, max_new_tokens=4)
         if wrong["input_ids"].shape == (5, 12):
             with pytest.raises(ValueError, match=message): answer_probs(model, wrong, ids)
-            with pytest.raises(ValueError, match=message): answer_attention(model, wrong, ids, 0)
+            with pytest.raises(ValueError, match=message):
+                answer_attention(model, wrong, ids, 0)
     finally: del model.forward
 
 
@@ -298,11 +308,11 @@ def test_masks_that_mean_the_same(model, inputs):
 
 
 def test_a_pad_that_was_written_in_the_prompt_is_no_padding(model):
-    "Its name in a text becomes its id: without a mask, only the ends of a row tell of padding."
+    "Its name in a text becomes its id: without a mask, only a row's ends tell of padding."
     picture = np.zeros((28, 28, 3), np.uint8)
     inputs = processor(picture, "caption <pad> en")
     assert (inputs["input_ids"] == 0).any()
-    assert torch.equal(generate(model, without(inputs, "attention_mask"), max_new_tokens=4),
+    assert torch.equal(generate(model, unmasked(inputs), max_new_tokens=4),
                        generate(model, inputs, max_new_tokens=4))
 
 
@@ -315,34 +325,38 @@ def overflowing(model, dtype=torch.float16): # one matrix scaled by 20,000
 
 
 GREEDY = dict(max_new_tokens=4)
-WAYS = GREEDY, GREEDY | dict(do_sample=True, top_p=1.0), GREEDY | dict(do_sample=True, top_p=.9)
+WAYS = GREEDY, *(GREEDY | dict(do_sample=True, top_p=top_p) for top_p in (1.0, .9))
 
 
 def test_float16_that_overflows_is_refused(model, inputs):
     loud, ids = overflowing(model), torch.full((5, 3), 9)
-    message = r'^new token 1 of row 0: its logits are not finite in float16.*dtype="bfloat16" or "float32".*damaged$'
+    message = ("^new token 1 of row 0: its logits are not finite in float16.*"
+               'dtype="bfloat16" or "float32".*damaged$')
     for settings in WAYS:
         with pytest.raises(ValueError, match=message): generate(loud, inputs, **settings)
-        with pytest.raises(ValueError, match=message): list(stream(loud, processor, row(inputs, 1), **settings))
+        pieces = stream(loud, processor, row(inputs, 1), **settings)
+        with pytest.raises(ValueError, match=message): next(pieces)
         steps = generate_tokens(loud, inputs, **settings)
         with pytest.raises(ValueError, match=message): next(steps)
     with pytest.raises(ValueError, match=message): answer_probs(loud, inputs, ids)
     with pytest.raises(ValueError, match=message): answer_attention(loud, inputs, ids, 0)
     wide = overflowing(model, torch.bfloat16)  # the way out that the message names
-    assert generate(wide, inputs, max_new_tokens=3).shape == (5, 3) and answer_probs(wide, inputs, ids).isfinite().all()
+    assert generate(wide, inputs, max_new_tokens=3).shape == (5, 3)
+    assert answer_probs(wide, inputs, ids).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_damaged_weights_are_refused(model, inputs, dtype):
-    damaged = copy.deepcopy(model).to(dtype)
-    with torch.no_grad(): damaged.language_model.model.layers[0].mlp.up_proj.weight[3, 5] = torch.nan
-    message = f"^new token 1 of row 0: its logits are not finite in {str(dtype)[6:]}: the weights .* damaged$"
+    damaged, name = copy.deepcopy(model).to(dtype), str(dtype).removeprefix("torch.")
+    mlp = damaged.language_model.model.layers[0].mlp
+    with torch.no_grad(): mlp.up_proj.weight[3, 5] = torch.nan
+    message = f"^new token 1 of row 0: its logits are not finite in {name}: the weights.*damaged$"
     for settings in WAYS:
         with pytest.raises(ValueError, match=message): generate(damaged, inputs, **settings)
 
 
 class Scripted:
-    "Stands in for the model's forward: logits [steps, b, v], given out step by step or all at once."
+    "Stands in for the model's forward: logits [steps, b, v], given out step by step."
     def __init__(self, model, logits):
         self.model, self.logits, self.step = copy.copy(model), logits, 0
         self.model.forward = self.forward
@@ -360,13 +374,15 @@ BAD_ROWS = {"nan": lambda r: r[7].fill_(torch.nan), "all nan": lambda r: r.fill_
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("how", BAD_ROWS)
 def test_one_bad_row_at_one_step(model, inputs, how, dtype):
-    logits = torch.randn(4, 5, processor.vocab_size, generator=torch.Generator().manual_seed(1)).to(dtype)
+    chance = torch.Generator().manual_seed(1)
+    logits = torch.randn(4, 5, processor.vocab_size, generator=chance).to(dtype)
     BAD_ROWS[how](logits[2, 3])
     for settings in WAYS:
         steps = generate_tokens(Scripted(model, logits).model, inputs, **settings)
         assert [len(next(steps)) for _ in range(2)] == [5, 5]  # what came before is given out
-        with pytest.raises(ValueError, match="^new token 3 of row 3: its logits are not finite"): next(steps)
-        with pytest.raises(ValueError, match="of row 3"): next_token(logits[2], settings.get("do_sample", 0) * 1.)
+        with pytest.raises(ValueError, match="^new token 3 of row 3: its logits"): next(steps)
+        temperature = 1.0 if "do_sample" in settings else 0.0
+        with pytest.raises(ValueError, match="of row 3"): next_token(logits[2], temperature)
     for read in (answer_probs, lambda *args: generation._read_answer(*args)):
         with pytest.raises(ValueError, match="^new token 3 of row 3"):
             read(Scripted(model, logits).model, inputs, torch.full((5, 4), 9))
@@ -382,14 +398,16 @@ def test_a_row_that_has_ended_counts_no_more(model, inputs, how):
     for settings in WAYS:
         ids = generate(Scripted(model, logits).model, inputs, **settings)
         assert ids[3].tolist() == [11, 0, 0, 0] and (ids[[0, 1, 2, 4]] == 9).all()
-    assert torch.allclose(answer_probs(Scripted(model, logits).model, inputs, ids), torch.ones(5, 4))
+    probs = answer_probs(Scripted(model, logits).model, inputs, ids)
+    assert torch.allclose(probs, torch.ones(5, 4))
 
 
 def test_minus_infinity_means_never(model, inputs):
     logits = torch.zeros(1, 5, processor.vocab_size).half()
     logits[..., 100:] = -torch.inf
     for settings in WAYS:
-        ids = generate(Scripted(model, logits).model, inputs, **settings | dict(max_new_tokens=1))
+        settings = settings | dict(max_new_tokens=1)
+        ids = generate(Scripted(model, logits).model, inputs, **settings)
         assert ids.max() < 100
 
 
@@ -623,7 +641,7 @@ def test_reading_refuses_inputs(model, inputs):
 
 
 def test_attention_is_of_its_own_thread(model, inputs):
-    "Another thread uses the model in the midst of the pass that is watched, and reads its own attention there."
+    "Another thread uses the model in the midst of the pass that is watched, and watches, too."
     ids = generate(model, inputs, max_new_tokens=4)
     expected, other = answer_attention(model, inputs, ids, 1), []
     main = threading.get_ident()
@@ -648,7 +666,8 @@ def test_attention_of_many_threads(model, inputs):
     expected = [answer_attention(model, x, y, 0) for x, y in rows]
     def work(i):
         for _ in range(20):
-            if not torch.equal(answer_attention(model, *rows[i], 0), expected[i]): wrong.append(i)
+            got = answer_attention(model, *rows[i], 0)
+            if not torch.equal(got, expected[i]): wrong.append(i)
     threads = [threading.Thread(target=work, args=(i,)) for i in range(5)]
     for thread in threads: thread.start()
     for thread in threads: thread.join()
