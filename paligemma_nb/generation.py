@@ -48,9 +48,9 @@ def next_token(
     best, ids = logits.max(dim=-1)
     _check_finite(best[:, None], step)
     if temperature < torch.finfo(torch.float32).tiny: return ids
-    logits = logits.float()  # bfloat16 keeps three digits: too few to add up thousands
-    # no logit is above 0 now, so that a small temperature cannot overflow
-    probs = ((logits - best[:, None].float()) / temperature).softmax(dim=-1)
+    # in float32: bfloat16 keeps three digits, too few to add up thousands of probabilities
+    logits = logits.float() - best[:, None]  # at most 0: a small temperature cannot overflow
+    probs = (logits / temperature).softmax(dim=-1)
     if top_p >= 1: return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
     probs, ids = nucleus(probs, top_p)
     return ids.gather(-1, torch.multinomial(probs, 1, generator=generator)).squeeze(-1)
