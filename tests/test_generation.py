@@ -142,7 +142,7 @@ def other_eos(model, eos):
 
 
 def test_any_of_several_eos_ends_a_row(model, inputs):
-    "As transformers does for a config with a list: each row stops behind the first of them."
+    "Each row stops behind the first of them that it says."
     free = generate(model, inputs, max_new_tokens=20)
     eos = [free[0, 2].item(), free[1, 5].item(), free[2, 7].item()]
     several = other_eos(model, eos)
