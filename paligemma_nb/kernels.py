@@ -46,7 +46,7 @@ def _products(m: int, n: int, k: int):
     numbers, ones = a.view(torch.uint8) ^ 128, torch.ones(n)
     yield "packed bytes", lambda: packed(numbers, ones), expected
 
-
+# %% ../nbs/19_kernels.ipynb #k19s0
 def _call(f): # its result, or None where this build or this processor lacks a kernel
     try: return f()
     except (AttributeError, RuntimeError, NotImplementedError, TypeError): return None
@@ -72,11 +72,11 @@ class Kernels:
     bytes: bool         # int8 times int8, summed up in int32
     packed_bytes: bool  # the same with a `PackedBytes`
 
-
+# %% ../nbs/19_kernels.ipynb #k19s1
 @cache
 def kernels() -> Kernels:
     """Finds out, once a process, in some tens of milliseconds. A product counts only where its
-    result is right to the last bit: some processors add bytes up in sixteen bits, which are too few."""
+    result is right to the last bit: some processors add bytes up in sixteen bits, too few."""
     small = {name: _seconds(*product) for name, *product in _products(16, 32, 128)}
     # a kernel that oneDNN does not have here is done by a loop thousands of times slower
     there = {name for name, seconds in small.items() if seconds < 20 * small["float32"]}

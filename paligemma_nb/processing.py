@@ -250,10 +250,8 @@ class TextProcessor:
 class PaliGemmaProcessor(TextProcessor):
     """Pictures and prompts in, the model's tensors out. A row is `<image>` x n, `<bos>`, the
     prompt, a newline and, in training, the suffix and `<eos>`; rows are padded on the left.
-    A prompt is taken as it stands, to give transformers' ids: one that ends with a newline
-    gets a second one, and blanks around it become tokens. Models are not trained on either
-    and answer something else, so `strip()` what somebody typed."""
-
+    A prompt is taken as it stands, to give transformers' ids: its own newline at the end makes
+    two, and blanks around it become tokens. No model is trained on that: `strip()` it."""
     def __init__(self,
         tokenizer, # see `TextProcessor`
         image_size: int, # side s of the square that the vision tower sees, px
@@ -273,11 +271,7 @@ class PaliGemmaProcessor(TextProcessor):
         images, prompts = place_images(images, texts)
         seats = {self.image_token_id: self.num_image_tokens}
         prefixes = [[i for i in self.encode(prompt) for _ in range(seats.get(i, 1))] for prompt in prompts]
-        suffixes = None
-        if suffix is not None:
-            suffixes = [self.encode(answer + EOS) for answer in _as_list(suffix, "suffix")]
-            if len(suffixes) != len(texts): raise ValueError(f"got {len(suffixes)} suffixes for {len(texts)} prompts")
-            if any(self.image_token_id in ids for ids in suffixes): raise ValueError("<image> cannot be in a suffix")
+        suffixes = None if suffix is None else _encode_answers(self, suffix, len(texts))
         pixel_values = torch.stack([image_to_tensor(image, self.image_size) for image in images])
         return dict(pixel_values=pixel_values, **left_pad(prefixes, suffixes, self.pad_token_id))
 
@@ -295,6 +289,15 @@ def _as_list(x, name):
     if not isinstance(x, (list, tuple)) or not all(isinstance(s, str) for s in x):
         raise TypeError(f"{name} must be a str or a list of str, got {x!r:.60}")
     return list(x)
+
+
+def _encode_answers(processor, suffix, prompts): # texts -> ids, each with its <eos>
+    answers = _as_list(suffix, "suffix")
+    if len(answers) != prompts: raise ValueError(f"got {len(answers)} suffixes for {prompts} prompts")
+    suffixes = [processor.encode(answer + EOS) for answer in answers]
+    if any(processor.image_token_id in ids for ids in suffixes):
+        raise ValueError("<image> cannot be in a suffix")
+    return suffixes
 
 
 _IMAGE_CONFIG = dict(  # the published recipe for pictures, built into the code above

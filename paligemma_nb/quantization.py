@@ -104,7 +104,7 @@ class Int8Linear(nn.Module):
         else: out = _tall_product(rows, self, len(self.weight))
         return out.view(*x.shape[:-1], out.shape[1])
 
-
+# %% ../nbs/21_quantization.ipynb #b6e
 class Int8Embedding(Int8Linear):
     "`GemmaEmbedding` in eight bits."
     attend = Int8Linear.forward
@@ -148,7 +148,7 @@ def int4_tables(
         step, zero, dtype = (step * factor).round_(), (zero * factor).round_() + 64, torch.int16
     return step.to(dtype)[:, None], zero.to(dtype)[:, None], worth
 
-
+# %% ../nbs/21_quantization.ipynb #b8b
 def unpack_blocks(
     weight: Tensor,     # uint8 [out / rows, in, rows / 2], of `pack_int4`
     tables: tuple[Tensor, Tensor, Tensor], # of `int4_tables`
@@ -198,11 +198,8 @@ class Int4Linear(nn.Module):
     def unpack(self, dtype, n): # as `Int8Linear.unpack`
         return unpack_blocks(self.weight, int4_tables(self.scale_zero, dtype), n)
 
-    @property
-    def group_size(self) -> int: return self.weight.shape[1] // len(self.scale_zero)
-
-    @property
-    def block_rows(self) -> int: return 2 * self.weight.shape[2]
+    group_size = property(lambda self: self.weight.shape[1] // len(self.scale_zero))
+    block_rows = property(lambda self: 2 * self.weight.shape[2])
 
     def block_by(self, rows: int): # lays the weight out in blocks of so many
         if rows != self.block_rows: self.weight = pack_int4(unpack_int4(self.weight), rows)
@@ -250,26 +247,23 @@ def quantize(
     group_size: int = 64,    # of int4: 32, 64, 128 or 256 neighbours share a scale
     rows: int | None = None, # in a block of int4; None: what this processor's kernel reads
 ) -> PaliGemmaForConditionalGeneration: # the same, for inference only
-    """Rounds the decoder's matrices and the embedding, which is also the output head. In bfloat16,
-    inputs are rounded, too: see `in_bytes`. Smaller groups are more exact and take more memory.
+    """Rounds the decoder's matrices and the embedding, which is also the output head, but not the
+    vision tower: it runs once for a picture. In bfloat16, inputs are rounded, too: see `in_bytes`.
 
-    The vision tower and the projector stay as they are: they run once for a picture, so their bytes
-    cost little time. A matrix that is to have four bits, but whose sides are no multiples of 64 and
-    `group_size`, gets eight: `weights_of` counts them. What was asked for is kept as
-    `model.quantization`. Raises ValueError for other settings, a model on another device and one
-    that is quantised or packed already."""
+    A matrix that is to have four bits, but whose sides are no multiples of 64 and `group_size`,
+    gets eight: `weights_of` counts them. `model.quantization` keeps what was asked for. Raises
+    ValueError for other settings, another device and a model that is quantised or packed."""
     if weights not in ("int8", "int4"):
         raise ValueError(f"weights: expected 'int8' or 'int4', got {weights!r}")
     if group_size not in (32, 64, 128, 256):
         raise ValueError(f"group_size: expected 32, 64, 128 or 256, got {group_size}")
     if rows not in (None, 32, 64): raise ValueError(f"rows: expected 32 or 64, got {rows}")
-    text = model.language_model.model
+    text, rows = model.language_model.model, rows or int4_rows() or 64
     if text.norm.weight.device.type not in ("cpu", "meta"):
         raise ValueError("int8 and int4 weights run on the CPU; "
                          f"this model is on {text.norm.weight.device}")
     if not isinstance(text.embed_tokens, GemmaEmbedding):
         raise ValueError(f"weights are {weights_of(model)} already")
-    rows = rows or int4_rows() or 64
     settings = dict(weights=weights)
     if weights == "int4": settings |= dict(group_size=group_size, rows=rows)
 

@@ -205,7 +205,7 @@ def open_model(
     if small := getattr(model, "quantization", None): _warn_of_slow(model, small["weights"])
     return pack(model), processor
 
-
+# %% ../nbs/22_speed.ipynb #b17w
 def _warn_of_slow(model, weights):
     if model.language_model.model.norm.weight.dtype == torch.float32:
         warnings.warn(f"in float32, {weights} weights save memory and no time; "
