@@ -8,14 +8,18 @@ PYTORCH=https://download.pytorch.org/whl/cpu # PyTorch's own index of builds wit
 
 fail() { printf '%s\n' "$*" >&2; exit 1; }
 
-is_supported() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; }
+oldest=10 # Python 3.10 runs the package; dev needs 3.11, as transformers 5.23 does
+
+is_supported() {
+  "$1" -c "import sys; sys.exit(sys.version_info < (3, $oldest))" >/dev/null 2>&1
+}
 
 find_python() {
   local name
   for name in python3 python python3.14 python3.13 python3.12 python3.11 python3.10; do
     if is_supported "$name"; then command -v "$name"; return; fi
   done
-  fail "Python 3.10 or newer is needed, and none was found on PATH." \
+  fail "Python 3.$oldest or newer is needed, and none was found on PATH." \
        "python3 is: $(python3 --version 2>&1 || true)"
 }
 
@@ -85,11 +89,12 @@ set_up() { # $1: inference or dev
   want=$(cd "$root" && pwd -P && cat settings.ini setup.py constraints.txt | cksum)
   if [ -x "$venv/bin/python" ] && [ -f "$stamp" ]; then have=$(cat "$stamp"); fi
 
+  if [ "$1" = dev ]; then oldest=11; fi
   if [ "$have" != "$1 $want" ] && [ "$have" != "dev $want" ]; then
     if [ -z "${VIRTUAL_ENV:-}" ]; then
       "$venv/bin/python" -m pip --version >/dev/null 2>&1 || make_venv "$venv"
     fi
-    is_supported "$venv/bin/python" || fail "Python 3.10 or newer is needed; $venv has" \
+    is_supported "$venv/bin/python" || fail "Python 3.$oldest or newer is needed; $venv has" \
       "$("$venv/bin/python" --version 2>/dev/null || echo none)." \
       "Deactivate that environment, or make it anew."
     "$venv/bin/python" -m pip --version >/dev/null 2>&1 || fail "There is no pip in $venv." \

@@ -150,6 +150,11 @@ def test_torch_comes_without_cuda_where_it_can(clone):
     assert again(answers="1") == plain
 
 
+def test_python_must_be_new_enough():
+    check = '. .ci/setup.sh; is_supported "$0" && oldest=99 && ! is_supported "$0"'
+    run("bash", "-c", check, sys.executable)
+
+
 def installed(folder, **versions):
     "A folder that says of packages that they are installed"
     for name, version in versions.items():
@@ -205,7 +210,7 @@ def test_an_index_that_does_not_answer_stops_nothing(server):
     answers, address = server
     assert not index_answers(address)
     answers.set()
-    assert index_answers(address)
+    assert any(index_answers(address) for _ in range(10))  # a busy machine may need a few tries
     assert not index_answers("http://127.0.0.1:9")  # nobody listens there
 
 
