@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,14 +36,20 @@ from .paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor, train_tokenizer
 from .scenes import HELD_OUT, Scene, make_scene
 from .siglip import SiglipVisionConfig
-from .tasks import Answer, Example, evaluate, marks_table, scene_examples, worst
+from .tasks import (KINDS, Answer, Example, evaluate, marks_table, scene_examples,
+                                worst)
 
 # %% ../nbs/31_training.ipynb #e4744bcb
 KIND_WEIGHTS = dict(caption=3, detect=8, absent=0.5, count=3, exists=1, color=1, shape=1, where=1.5)
 
 def sample_examples(scene: Scene, num: int, rng: np.random.Generator, kind_weights: dict[str, float] = KIND_WEIGHTS,
 ) -> list[Example]: # `num` examples of different kinds, drawn by their weights; a kind without a weight is not drawn
-    examples = {kind: found for kind, found in scene_examples(scene, rng).items() if kind in kind_weights}
+    "Raises ValueError where the scene offers fewer than `num` of these kinds."
+    offered = scene_examples(scene, rng)
+    examples = {kind: found for kind, found in offered.items() if kind_weights.get(kind)}
+    if len(examples) < num:
+        raise ValueError(f"expected {num} kinds for as many prompts, but of {[*kind_weights]} "
+                         f"scene {scene.seed} offers {[*examples]} alone")
     weights = np.array([kind_weights[kind] for kind in examples], float)
     kinds = rng.choice(list(examples), num, replace=False, p=weights / weights.sum())
     return [examples[kind][rng.integers(len(examples[kind]))] for kind in kinds]
@@ -67,7 +73,8 @@ def tiny_config(processor: PaliGemmaProcessor) -> PaliGemmaConfig: # 3.8 M param
 # %% ../nbs/31_training.ipynb #f0a0bbbc
 @dataclass(frozen=True)
 class Recipe:
-    "Everything that decides what a training run does: the same recipe gives the same run."
+    """Everything that decides what a training run does: the same recipe gives the same run.
+    Raises ValueError for one that could not do what it says."""
     steps: int = 6_000               # updates
     single_object_steps: int = 2_000 # the first ones see scenes of one object: finding things is learnt there
     scenes_per_step: int = 32
@@ -80,8 +87,22 @@ class Recipe:
     length_power: float = 0.0        # each token of an answer of m tokens weighs m to the power of minus this
     seed: int = 0
     kind_weights: dict[str, float] = field(default_factory=lambda: dict(KIND_WEIGHTS))  # how often which task
+    autocast: bool = True            # matrix products in bfloat16; False: float32 throughout
 
-    def rate(self, step: int) -> float: # factor on both learning rates
+    def __post_init__(self):
+        numbers = self.scenes_per_step, self.warmup_steps, self.decay_steps, self.max_grad_norm
+        if not min(numbers) > 0: raise ValueError(f"expected positive numbers, got {self}")
+        if self.warmup_steps + self.decay_steps > self.steps + 1:
+            raise ValueError(f"{self.steps} steps are too few for {self.warmup_steps} up"
+                             f" (warmup) and {self.decay_steps} down (decay): the rate would never peak")
+        if bad := {k: w for k, w in self.kind_weights.items() if k not in KINDS or not w >= 0}:
+            raise ValueError(f"expected weights from 0 on for kinds of {KINDS}, got {bad}")
+        if not 1 <= self.prompts_per_scene <= sum(map(bool, self.kind_weights.values())):
+            raise ValueError("expected prompts_per_scene from 1 to the number of weights above"
+                             f" 0, got {self.prompts_per_scene}")
+
+    def rate(self, step: int) -> float: # factor on both learning rates; steps count from 0
+        if not 0 <= step < self.steps: raise ValueError(f"no step {step} among {self.steps}")
         return min((step + 1) / self.warmup_steps, 1.0, (self.steps - step) / self.decay_steps)
 
 # %% ../nbs/31_training.ipynb #0947fa5f
@@ -98,19 +119,26 @@ def make_batch(processor: PaliGemmaProcessor, recipe: Recipe, step: int,
 
 # %% ../nbs/31_training.ipynb #51b91a54
 def batch_loss(model: PaliGemmaForConditionalGeneration, batch: dict[str, Tensor],
-    prompts_per_scene: int = 1,  # so many rows in a run share a picture
     length_power: float = 0.0,   # 0: the mean over all tokens, the model's own loss; 1: over answers, big_vision's
 ) -> Tensor: # scalar
-    "The suffix loss, without what it does not need: one look at each picture, logits where the suffixes stand."
-    features = model.get_image_features(batch["pixel_values"][::prompts_per_scene])  # [scenes, n, c]
-    features = features.repeat_interleave(prompts_per_scene, dim=0)  # [b, n, c]
-    lengths = batch["token_type_ids"].sum(1, keepdim=True)  # [b, 1]
-    longest = int(lengths.max())
+    """The suffix loss without what it does not need: equal neighbours among pictures share a look,
+    logits stand where answers do. Raises ValueError if there are none, or one can be read off."""
+    labels = batch.get("labels")  # [b, t]
+    if labels is None or not (scored := labels != -100).any():
+        raise ValueError("the batch has no labels to learn: give the processor each suffix")
+    if (scored & (batch["token_type_ids"] == 0)).any():
+        raise ValueError("expected token_type_ids of 1 for all labels: those of 0 see ahead")
+    pictures = batch["pixel_values"]
+    other = torch.ones_like(pictures[:, 0, 0, 0], dtype=torch.bool)  # than the one before
+    other[1:] = (pictures[1:] != pictures[:-1]).flatten(1).any(1)
+    features = model.get_image_features(pictures[other])[other.cumsum(0) - 1]  # [images, n, c]
     text = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
-    logits = model(**text, image_features=features, logits_to_keep=longest + 1).logits[:, :-1]  # [b, longest, v]
-    labels = batch["labels"][:, -longest:]
-    costs = F.cross_entropy(logits.transpose(1, 2).float(), labels, ignore_index=-100, reduction="none")
-    weights = (labels != -100) / lengths ** length_power  # [b, longest]
+    first = int(scored.any(0).int().argmax())  # with a label; the position before predicts it
+    kept = labels.shape[1] - first + 1
+    logits = model(**text, image_features=features, logits_to_keep=kept).logits[:, :-1].float()
+    costs = F.cross_entropy(logits.transpose(1, 2), labels[:, first:], reduction="none")
+    lengths = scored.sum(1, keepdim=True).clamp(min=1)  # [b, 1]
+    weights = scored[:, first:] / lengths ** length_power  # [b, kept - 1]
     return (costs * weights).sum() / weights.sum()
 
 # %% ../nbs/31_training.ipynb #cf9a7a00
@@ -120,6 +148,7 @@ def waves(
     highest: float, # frequency of the fastest wave, in turns over the whole range; the slowest makes a quarter turn
 ) -> Tensor: # [m, dim], rows of length 1: near places have like rows
     "A place as sines and cosines of growing frequency."
+    if dim % 2: raise ValueError(f"expected an even dim, sine and cosine, got {dim}")
     frequencies = torch.logspace(math.log10(0.25), math.log10(highest), dim // 2)
     angles = 2 * math.pi * x[:, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=1) * (2 / dim) ** 0.5
@@ -145,9 +174,14 @@ def initialize(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaPro
 
 # %% ../nbs/31_training.ipynb #b73c620e
 def make_optimizers(model: nn.Module, recipe: Recipe) -> dict[str, torch.optim.Optimizer]: # 'muon' and 'adamw'
-    "Muon (arXiv 2502.16982) for the matrices of the layers, AdamW for everything else."
+    """Muon (arXiv 2502.16982) for the matrices of the layers, AdamW for everything else.
+    Raises ValueError for other weights than float32: small steps would round to nothing."""
     inside = {n: p for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2}
     others = [p for n, p in model.named_parameters() if n not in inside]
+    found = sorted({str(p.dtype) for p in model.parameters()})
+    if not inside or found != ["torch.float32"]:
+        raise ValueError("expected all weights in float32, neither packed nor small, got "
+                         f"{len(inside)} matrices in the layers and {', '.join(found)}")
     muon = torch.optim.Muon(inside.values(), lr=recipe.muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     return dict(muon=muon, adamw=torch.optim.AdamW(others, lr=recipe.adamw_lr, weight_decay=0.0, betas=(0.9, 0.98)))
 
@@ -167,10 +201,11 @@ STAGES = (
 
 # %% ../nbs/31_training.ipynb #89d6e099
 @contextmanager
-def training_precision(device: str): # 'cpu' or 'cuda'
+def training_precision(device: str, # 'cpu' or 'cuda'
+    autocast: bool = True): # False: float32 throughout
     "bfloat16 for the matrix products, float32 for the weights and what is delicate."
-    with torch.autocast(device, torch.bfloat16), ExitStack() as stack:
-        if device == "cpu":  # at these lengths the fused attention's backward pass is slower here than plain products
+    with torch.autocast(device, torch.bfloat16, enabled=autocast), ExitStack() as stack:
+        if device == "cpu":  # where it was measured, fused attention's backward took longer
             flags = torch.backends.cuda  # they hold for the CPU as well
             stack.callback(flags.allow_fp16_bf16_reduction_math_sdp, flags.fp16_bf16_reduction_math_sdp_allowed())
             flags.allow_fp16_bf16_reduction_math_sdp(True)
@@ -181,16 +216,20 @@ def training_precision(device: str): # 'cpu' or 'cuda'
 def train_step(model: PaliGemmaForConditionalGeneration, optimizers: dict[str, torch.optim.Optimizer],
     batch: dict[str, Tensor], recipe: Recipe, step: int,
 ) -> float: # loss before the update; the batch is moved to the model's device
+    "Raises ValueError, with the weights as they were, if loss or gradient are not finite."
     device = next(model.parameters()).device
     batch = {name: x.to(device) for name, x in batch.items()}
-    with training_precision(device.type):
-        loss = batch_loss(model, batch, recipe.prompts_per_scene, recipe.length_power)
+    model.zero_grad()
+    with training_precision(device.type, recipe.autocast):
+        loss = batch_loss(model, batch, recipe.length_power)
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+    length = nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+    if not (loss.isfinite() and length.isfinite()):
+        raise ValueError(f"step {step}: loss {loss:.4g}, length of its gradient {length:.4g}; "
+                         "the weights are left as they were before it: try lower rates")
     for name, peak in (("muon", recipe.muon_lr), ("adamw", recipe.adamw_lr)):
         for group in optimizers[name].param_groups: group["lr"] = peak * recipe.rate(step)
         optimizers[name].step()
-        optimizers[name].zero_grad()
     return loss.item()
 
 # %% ../nbs/31_training.ipynb #1ea1c8e4
@@ -208,19 +247,30 @@ def save_state(path: Path, model: nn.Module, optimizers: dict, step: int, recipe
 
 def load_state(path: Path, model: nn.Module, optimizers: dict, recipe: Recipe,
 ) -> tuple[int, list]: # the next step, the history so far
-    "Fills model and optimizers from a file of `save_state`. Raises ValueError if another recipe wrote it."
-    with safe_open(path, "pt") as file:
-        metadata = {k: json.loads(v) for k, v in file.metadata().items()}
-        if (theirs := metadata["recipe"]) != asdict(recipe):
-            raise ValueError(f"{path} belongs to another recipe: expected {asdict(recipe)}, got {theirs}")
-        tensors = {n: file.get_tensor(n) for n in file.keys()}
-    model.load_state_dict({n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")})
+    """Fills model and optimizers from a file of `save_state`.
+    Raises ValueError if it is no such file, or if another recipe or another model wrote it."""
+    try:
+        with safe_open(path, "pt") as file:
+            found, tensors = file.metadata(), {n: file.get_tensor(n) for n in file.keys()}
+    except SafetensorError as error: raise ValueError(f"{path} is damaged: {error}") from None
+    if "recipe" not in (found or ()): raise ValueError(f"expected a file of save_state, got {path}")
+    step, theirs, history = (json.loads(found[key]) for key in ("step", "recipe", "history"))
+    ours, theirs = asdict(recipe), asdict(Recipe()) | theirs  # it may lack a newer setting
+    if other := [f"{k} {ours.get(k)}, got {v}" for k, v in theirs.items() if v != ours.get(k)]:
+        raise ValueError(f"{path} belongs to another recipe: expected {'; '.join(other)}")
+    weights = {n[6:]: t for n, t in tensors.items() if n.startswith("model/")}
+    ours = {n: list(t.shape) for n, t in model.state_dict().items()}
+    theirs = {n: list(t.shape) for n, t in weights.items()}
+    if other := [f"{n} {ours.get(n)}, got {theirs.get(n)}" for n in ours | theirs
+                 if ours.get(n) != theirs.get(n)]:
+        raise ValueError(f"{path} belongs to another model: expected {other[0]}")
+    model.load_state_dict(weights)
     for name, optimizer in optimizers.items():
         state = {}
         for key, t in tensors.items():
             if key.startswith(f"{name}/"): state.setdefault(int(key.split("/")[1]), {})[key.split("/")[2]] = t
         optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()["param_groups"]))
-    return metadata["step"], metadata["history"]
+    return step, history
 
 # %% ../nbs/31_training.ipynb #845ee452
 VALIDATION = HELD_OUT + 10**6  # scenes for the curves, apart from those of the final results
@@ -231,9 +281,12 @@ def train(
     processor: PaliGemmaProcessor,
     recipe: Recipe,
     save_every: int = 100,       # steps
-    evaluate_every: int = 500,   # steps, a multiple of `save_every`
+    evaluate_every: int = 500,   # steps; saves as well
     num_scenes: int = 64,        # for each evaluation
 ) -> list[dict]: # history: a row of mean loss and seconds at each save, and of marks at each evaluation
+    "Raises ValueError if the folder holds a run of another recipe or model."
+    if min(save_every, evaluate_every) < 1:
+        raise ValueError(f"expected positive numbers, got {save_every=}, {evaluate_every=}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state, optimizers = folder / "state.safetensors", make_optimizers(model, recipe)
@@ -242,7 +295,7 @@ def train(
     for step in (bar := tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc="train")):
         losses.append(train_step(model, optimizers, make_batch(processor, recipe, step), recipe, step))
         done = step + 1
-        if done % save_every and done < recipe.steps: continue
+        if done % save_every and done % evaluate_every and done < recipe.steps: continue
         row = dict(step=done, loss=float(np.mean(losses)), seconds=time.perf_counter() - started)
         if done % evaluate_every == 0 or done == recipe.steps:
             row["marks"] = evaluate(model, processor, num_scenes, VALIDATION)[0]
@@ -331,6 +384,7 @@ def measure(
     if unknown: raise ValueError(f"unknown flags {list(unknown)}: expected model_path, num_scenes or first_seed")
     model, processor = load_model(model_path)
     results, _ = evaluate(model, processor, num_scenes, first_seed)
+    if first_seed < HELD_OUT: print(f"seeds below {HELD_OUT:,} may have been trained on")
     print(f"{num_scenes:,} scenes from seed {first_seed:,} on; {machine()}\n\n{marks_table(results)}")
 
 # %% ../nbs/31_training.ipynb #6dd9fa99

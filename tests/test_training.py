@@ -75,7 +75,7 @@ def test_shared_pictures_give_the_plain_loss(shipped):
     model, processor = shipped
     batch = make_batch(processor, Recipe(scenes_per_step=3, single_object_steps=0), 0)
     plain = model(**batch).loss
-    torch.testing.assert_close(batch_loss(model, batch, prompts_per_scene=2), plain, rtol=1e-5, atol=0)
+    torch.testing.assert_close(batch_loss(model, batch), plain, rtol=1e-5, atol=0)
     torch.testing.assert_close(batch_loss(model, batch), plain, rtol=1e-5, atol=0)
 
 
@@ -87,7 +87,7 @@ def test_length_power_weighs_tokens_by_the_length_of_their_answer(shipped, fresh
     for power in (0, 0.5, 1):
         weights = lengths ** (1 - power)  # of a row: its number of tokens, each with the weight lengths ** -power
         expected = (weights * losses).sum() / weights.sum()
-        torch.testing.assert_close(batch_loss(fresh, batch, 2, power), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(batch_loss(fresh, batch, power), expected, rtol=1e-5, atol=0)
 
 
 # --- the run
