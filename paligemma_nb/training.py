@@ -94,7 +94,7 @@ class Recipe:
         if not min(numbers) > 0: raise ValueError(f"expected positive numbers, got {self}")
         if self.warmup_steps + self.decay_steps > self.steps + 1:
             raise ValueError(f"{self.steps} steps are too few for {self.warmup_steps} up"
-                             f" (warmup) and {self.decay_steps} down (decay): the rate would never peak")
+                             f" and {self.decay_steps} down: the rate would never peak")
         if bad := {k: w for k, w in self.kind_weights.items() if k not in KINDS or not w >= 0}:
             raise ValueError(f"expected weights from 0 on for kinds of {KINDS}, got {bad}")
         if not 1 <= self.prompts_per_scene <= sum(map(bool, self.kind_weights.values())):
@@ -121,8 +121,8 @@ def make_batch(processor: PaliGemmaProcessor, recipe: Recipe, step: int,
 def batch_loss(model: PaliGemmaForConditionalGeneration, batch: dict[str, Tensor],
     length_power: float = 0.0,   # 0: the mean over all tokens, the model's own loss; 1: over answers, big_vision's
 ) -> Tensor: # scalar
-    """The suffix loss without what it does not need: equal neighbours among pictures share a look,
-    logits stand where answers do. Raises ValueError if there are none, or one can be read off."""
+    """The suffix loss without what it does not need: equal pictures in a row are seen once, logits
+    stand where answers do. Raises ValueError if there is no answer, or if it could be read off."""
     labels = batch.get("labels")  # [b, t]
     if labels is None or not (scored := labels != -100).any():
         raise ValueError("the batch has no labels to learn: give the processor each suffix")
@@ -253,7 +253,7 @@ def load_state(path: Path, model: nn.Module, optimizers: dict, recipe: Recipe,
         with safe_open(path, "pt") as file:
             found, tensors = file.metadata(), {n: file.get_tensor(n) for n in file.keys()}
     except SafetensorError as error: raise ValueError(f"{path} is damaged: {error}") from None
-    if "recipe" not in (found or ()): raise ValueError(f"expected a file of save_state, got {path}")
+    if "recipe" not in (found or {}): raise ValueError(f"{path} is no file of save_state")
     step, theirs, history = (json.loads(found[key]) for key in ("step", "recipe", "history"))
     ours, theirs = asdict(recipe), asdict(Recipe()) | theirs  # it may lack a newer setting
     if other := [f"{k} {ours.get(k)}, got {v}" for k, v in theirs.items() if v != ours.get(k)]:
