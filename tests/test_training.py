@@ -1,4 +1,5 @@
 """Training: batches, loss, resuming; and the shipped model, which training made."""
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import paligemma_nb
 from paligemma_nb.checkpoint import load_model
@@ -90,6 +92,69 @@ def test_length_power_weighs_tokens_by_the_length_of_their_answer(shipped, fresh
         weights = lengths ** (1 - power)  # of a row: its number of tokens, each with the weight lengths ** -power
         expected = (weights * losses).sum() / weights.sum()
         torch.testing.assert_close(batch_loss(fresh, batch, power), expected, rtol=1e-5, atol=0)
+
+
+def test_rows_may_come_in_any_order(shipped):
+    "Rows of one's own, which share no picture, share one by chance, or are padded on the right"
+    model, processor = shipped
+    scenes = [make_scene(seed) for seed in (1, 1, 2, 1)]
+    batch = processor([s.pixels for s in scenes], ["caption en"] * 4, [s.caption for s in scenes])
+    expected = model(**batch).loss
+    for order in ([0, 1, 2, 3], [2, 0, 1, 3], [0, 2, 1, 3]):
+        rows = {name: x[order] for name, x in batch.items()}
+        torch.testing.assert_close(batch_loss(model, rows), expected, rtol=1e-4, atol=0)
+    swapped = {name: torch.cat((x[1:], x[:1])) if name == "pixel_values" else x for name, x in batch.items()}
+    torch.testing.assert_close(batch_loss(model, swapped), model(**swapped).loss, rtol=1e-4, atol=0)
+    assert abs(batch_loss(model, swapped) - expected) > 1
+    pads = (batch["attention_mask"] == 0).sum(1).tolist()
+    right = batch | {name: torch.stack([x.roll(-n) for x, n in zip(batch[name], pads)])
+                     for name in ("input_ids", "attention_mask", "token_type_ids", "labels")}
+    assert max(pads) > 0
+    torch.testing.assert_close(batch_loss(model, right), expected, rtol=1e-4, atol=0)
+
+
+def test_each_picture_is_seen_once(shipped, monkeypatch):
+    model, processor = shipped
+    batch, seen = make_batch(processor, Recipe(scenes_per_step=3, prompts_per_scene=4), 0), []
+    see = model.get_image_features
+    monkeypatch.setattr(model, "get_image_features", lambda x: seen.append(len(x)) or see(x))
+    batch_loss(model, batch)
+    assert seen == [3] and len(batch["input_ids"]) == 12
+
+
+def test_the_loss_is_taken_in_float32(shipped):
+    _, processor = shipped
+    model = load_model(device="cpu", dtype="bfloat16")[0]
+    batch = make_batch(processor, Recipe(scenes_per_step=2, prompts_per_scene=1), 0)
+    kept = int((batch["labels"] != -100).sum(1).max()) + 1
+    logits = model(**{k: x for k, x in batch.items() if k != "labels"}, logits_to_keep=kept).logits[:, :-1]
+    labels = batch["labels"][:, 1 - kept:]
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), labels)
+    loss = batch_loss(model, batch)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(labels=None), "no labels"),
+    (dict(labels=-100), "no labels"),
+    (dict(token_type_ids=0), "token_type_ids of 1"),
+])
+def test_batches_without_an_answer_or_with_one_that_leaks_are_refused(shipped, change, message):
+    model, processor = shipped
+    batch = make_batch(processor, Recipe(scenes_per_step=1), 0)
+    for name, value in change.items():
+        if value is None: del batch[name]
+        else: batch[name] = torch.full_like(batch[name], value)
+    with pytest.raises(ValueError, match=message): batch_loss(model, batch)
+
+
+def test_a_row_without_labels_changes_nothing(shipped):
+    model, processor = shipped
+    batch = make_batch(processor, Recipe(scenes_per_step=1), 0)
+    one = {name: x[:1] for name, x in batch.items()}
+    batch["labels"][1] = -100
+    for power in (0, 0.5):
+        torch.testing.assert_close(batch_loss(model, batch, power), batch_loss(model, one, power), rtol=1e-5, atol=0)
 
 
 # --- the first steps
@@ -184,6 +249,86 @@ def test_rate_rises_stays_and_falls():
     assert rates[0] == 0.1 and max(rates) == 1 and rates[9:51] == [1] * 42 and rates[-1] == 1 / 50
 
 
+@pytest.mark.parametrize("change", [
+    dict(steps=60), dict(steps=10, warmup_steps=8, decay_steps=8), dict(warmup_steps=0), dict(decay_steps=0),
+    dict(scenes_per_step=0), dict(max_grad_norm=0), dict(max_grad_norm=-1), dict(max_grad_norm=float("nan")),
+    dict(prompts_per_scene=0), dict(prompts_per_scene=9), dict(kind_weights=dict(caption=1, where=0)),
+    dict(kind_weights=dict(caption=1, captions=1)), dict(kind_weights=dict(caption=1, count=-1)),
+])
+def test_recipes_that_could_not_do_what_they_say_are_refused(change):
+    with pytest.raises(ValueError, match="expected|never peak"): Recipe(**change)
+
+
+def test_the_rate_just_reaches_its_peak():
+    recipe = Recipe(steps=10, warmup_steps=4, decay_steps=7)
+    assert [recipe.rate(step) for step in (2, 3, 4)] == [3 / 4, 1, 6 / 7]
+    for step in (-1, 10):
+        with pytest.raises(ValueError, match=f"no step {step} among 10"): recipe.rate(step)
+
+
+def test_scenes_without_enough_kinds_are_named():
+    scene, rng = make_scene(1, num_objects=1), np.random.default_rng(0)
+    with pytest.raises(ValueError, match="scene 1 offers .*caption"):
+        sample_examples(scene, 2, rng, dict(caption=1, where=1))
+    assert [e.kind for e in sample_examples(scene, 1, rng, dict(caption=1, detect=0))] == ["caption"]
+
+
+def test_only_whole_weights_in_float32_are_trained(fresh):
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        with pytest.raises(ValueError, match=f"float32.*got .*{dtype}"):
+            make_optimizers(fresh.to(dtype), Recipe())
+    with pytest.raises(ValueError, match="got 0 matrices"):
+        make_optimizers(torch.nn.Linear(2, 2), Recipe())
+
+
+def test_a_step_that_is_not_finite_changes_nothing(shipped, fresh):
+    recipe = Recipe(scenes_per_step=1)
+    optimizers, batch = make_optimizers(fresh, recipe), make_batch(shipped[1], recipe, 0)
+    before = [p.detach().clone() for p in fresh.parameters()]
+    with pytest.raises(ValueError, match="step 3: loss nan"):
+        train_step(fresh, optimizers, batch | dict(pixel_values=batch["pixel_values"] * torch.nan), recipe, 3)
+    fresh.vision_tower.requires_grad_(False)
+    fresh.language_model.model.norm.weight.register_hook(lambda grad: grad * torch.inf)
+    with pytest.raises(ValueError, match="length of its gradient (inf|nan)"):
+        train_step(fresh, optimizers, batch, recipe, 3)
+    assert all(torch.equal(a, b) for a, b in zip(before, fresh.parameters()))
+
+
+def test_gradients_from_before_do_not_count(shipped, fresh):
+    recipe = Recipe(scenes_per_step=1, warmup_steps=1, autocast=False)
+    batch, start = make_batch(shipped[1], recipe, 0), {n: t.clone() for n, t in fresh.state_dict().items()}
+    def stepped():
+        train_step(fresh, make_optimizers(fresh, recipe), batch, recipe, 0)
+        return [p.detach().clone() for p in fresh.parameters()]
+    expected = stepped()
+    fresh.load_state_dict(start)
+    batch_loss(fresh, make_batch(shipped[1], recipe, 1)).backward()
+    assert all(torch.equal(a, b) for a, b in zip(stepped(), expected))
+
+
+def test_precision_is_the_recipes(shipped, fresh):
+    batch, dtypes = make_batch(shipped[1], Recipe(scenes_per_step=1), 0), []
+    fresh.multi_modal_projector.register_forward_hook(lambda module, given, out: dtypes.append(out.dtype))
+    for autocast in (True, False):
+        recipe = Recipe(scenes_per_step=1, autocast=autocast)
+        train_step(fresh, make_optimizers(fresh, recipe), batch, recipe, 0)
+    assert dtypes == [torch.bfloat16, torch.float32]
+
+
+def test_waves_need_pairs():
+    assert waves(torch.zeros(3), 4, 1).shape == (3, 4)
+    with pytest.raises(ValueError, match="even"): waves(torch.zeros(3), 5, 1)
+
+
+def test_exams_need_not_fall_on_saves(tmp_path, shipped, fresh):
+    recipe = Recipe(steps=5, scenes_per_step=1, warmup_steps=1, decay_steps=2, prompts_per_scene=1)
+    history = train(tmp_path, fresh, shipped[1], recipe, save_every=2, evaluate_every=3, num_scenes=1)
+    assert [(row["step"], "marks" in row) for row in history] == [
+        (2, False), (3, True), (4, False), (5, True)]
+    for wrong in (dict(save_every=0), dict(evaluate_every=0)):
+        with pytest.raises(ValueError, match="positive"): train(tmp_path / "x", fresh, shipped[1], recipe, **wrong)
+
+
 def test_a_stopped_run_goes_on_to_the_same_losses(tmp_path, shipped, fresh):
     _, processor = shipped
     recipe = Recipe(steps=4, scenes_per_step=2, warmup_steps=1, decay_steps=2)
@@ -217,7 +362,39 @@ def test_a_save_cut_short_leaves_the_old_state(tmp_path, fresh, monkeypatch):
     monkeypatch.setattr("paligemma_nb.training.save_file", killed)
     with pytest.raises(KeyboardInterrupt): save_state(path, fresh, optimizers, 8, recipe, [])
     assert load_state(path, fresh, optimizers, recipe) == (7, [])
-    with pytest.raises(ValueError, match="another recipe"): load_state(path, fresh, optimizers, replace(recipe, seed=1))
+
+
+def test_states_of_others_are_refused(tmp_path, shipped, fresh):
+    recipe, path = Recipe(), tmp_path / "state.safetensors"
+    optimizers = make_optimizers(fresh, recipe)
+    save_state(path, fresh, optimizers, 7, recipe, [])
+    with pytest.raises(ValueError, match="another recipe: expected seed 1, got 0$"):
+        load_state(path, fresh, optimizers, replace(recipe, seed=1))
+    config = tiny_config(shipped[1])
+    config.vision_config = replace(config.vision_config, num_hidden_layers=1)
+    other = PaliGemmaForConditionalGeneration(config)
+    before = {name: t.clone() for name, t in other.state_dict().items()}
+    with pytest.raises(ValueError, match="another model: expected .*layers.1"):
+        load_state(path, other, make_optimizers(other, recipe), recipe)
+    assert all(torch.equal(t, before[name]) for name, t in other.state_dict().items())
+    path.write_bytes(path.read_bytes()[:5_000])
+    with pytest.raises(ValueError, match="damaged"): load_state(path, fresh, optimizers, recipe)
+    with pytest.raises(ValueError, match="no file of save_state"):
+        load_state(TINY / "model.safetensors", fresh, optimizers, recipe)
+
+
+def test_a_state_from_before_a_setting_was_there_has_its_default(tmp_path, fresh, monkeypatch):
+    recipe, path = Recipe(), tmp_path / "state.safetensors"
+    optimizers, write = make_optimizers(fresh, recipe), save_file
+    def without(tensors, file, metadata):
+        theirs = json.loads(metadata["recipe"])
+        del theirs["autocast"]
+        write(tensors, file, metadata | dict(recipe=json.dumps(theirs)))
+    monkeypatch.setattr("paligemma_nb.training.save_file", without)
+    save_state(path, fresh, optimizers, 7, recipe, [])
+    assert load_state(path, fresh, optimizers, recipe) == (7, [])
+    with pytest.raises(ValueError, match="expected autocast False, got True"):
+        load_state(path, fresh, optimizers, replace(recipe, autocast=False))
 
 
 # --- the shipped model
