@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KIND_WEIGHTS', 'STAGES', 'VALIDATION', 'sample_examples', 'tiny_processor', 'tiny_config', 'Recipe', 'make_batch',
-           'batch_loss', 'waves', 'initialize', 'make_optimizers', 'training_precision', 'train_step', 'save_state',
-           'load_state', 'train', 'machine', 'model_card', 'save_trained', 'train_tiny', 'measure', 'main']
+           'batch_loss', 'waves', 'initialize', 'make_optimizers', 'training_precision', 'train_step', 'machine',
+           'save_state', 'load_state', 'train', 'model_card', 'save_trained', 'train_tiny', 'measure', 'main']
 
 # %% ../nbs/31_training.ipynb #b4401bc0
 # Trains and measures the PaliGemma that this package ships:
@@ -232,6 +232,14 @@ def train_step(model: PaliGemmaForConditionalGeneration, optimizers: dict[str, t
         optimizers[name].step()
     return loss.item()
 
+# %% ../nbs/31_training.ipynb #c54bdb73
+def machine() -> str: # what a measurement was made on
+    import platform
+    name, cpus = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if cpus.exists(): name = next((l.split(":")[1].strip() for l in cpus.open() if l.startswith("model name")), name)
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{name}, threads: {torch.get_num_threads()}"
+    return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
+
 # %% ../nbs/31_training.ipynb #1ea1c8e4
 def save_state(path: Path, model: nn.Module, optimizers: dict, step: int, recipe: Recipe, history: list):
     "Everything a stopped run needs to go on. Written aside, then renamed: a kill leaves the old file or the new one."
@@ -244,7 +252,7 @@ def save_state(path: Path, model: nn.Module, optimizers: dict, step: int, recipe
     save_file({n: t.contiguous() for n, t in tensors.items()}, aside, {k: json.dumps(v) for k, v in metadata.items()})
     os.replace(aside, path)
 
-
+# %% ../nbs/31_training.ipynb #37f6c52b
 def load_state(path: Path, model: nn.Module, optimizers: dict, recipe: Recipe,
 ) -> tuple[int, list]: # the next step, the history so far
     """Fills model and optimizers from a file of `save_state`.
@@ -304,14 +312,6 @@ def train(
         bar.set_postfix(loss=f"{row['loss']:.3f}")
         losses, started = [], time.perf_counter()
     return history
-
-# %% ../nbs/31_training.ipynb #c54bdb73
-def machine() -> str: # what a measurement was made on
-    import platform
-    name, cpus = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if cpus.exists(): name = next((l.split(":")[1].strip() for l in cpus.open() if l.startswith("model name")), name)
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{name}, threads: {torch.get_num_threads()}"
-    return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
 
 # %% ../nbs/31_training.ipynb #cb7f09ea
 def model_card(model, processor, stages, history: list[dict], results: dict, answers: list[Answer]) -> str: # Markdown
