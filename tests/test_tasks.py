@@ -4,10 +4,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from paligemma_nb.checkpoint import load_model
 from paligemma_nb.detection import Detection, parse_boxes
 from paligemma_nb.scenes import HELD_OUT, make_scene
 from paligemma_nb.segmentation import find_objects
-from paligemma_nb.tasks import Answer, Example, ap50, grade, scene_examples, worst
+from paligemma_nb.tasks import (KINDS, Answer, Example, ap50, evaluate, grade, marks_table,
+                                scene_examples, worst)
 
 # --- a scene as text
 
@@ -38,6 +40,43 @@ def test_a_mask_comes_back_from_its_text():
             for d, o in zip(found, e.objects, strict=True):
                 assert (d.mask & o.mask).sum() > 0.9 * (d.mask | o.mask).sum()
             assert all(value == 1 or mark == "iou" for mark, value in grade(e, e.suffix, found).items())
+
+
+def test_every_kind_is_known_by_name():
+    asked = {kind for seed in range(50)
+             for kind in scene_examples(make_scene(seed), np.random.default_rng(seed))}
+    assert asked == set(KINDS) and len(KINDS) == len(asked)
+    with pytest.raises(ValueError, match="both words and objects"):
+        Example("detect", "detect red ring", "yes", (RING,))
+
+
+def test_the_absent_thing_and_the_order_of_names_are_the_generators():
+    "and all else is not: the questions of a scene come from the scene"
+    scene = make_scene(3)
+    a, again, b = (scene_examples(scene, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert a == again and a["absent"] != b["absent"]
+    drawn = "absent", "segment_absent", "several"
+    assert all(a[kind] == b[kind] for kind in KINDS if kind not in drawn)
+    assert a["segment_absent"][0].prompt == a["absent"][0].prompt.replace("detect", "segment")
+    names = [[e.prompt for e in scene_examples(scene, np.random.default_rng(seed))["several"]]
+             for seed in range(20)]
+    first, second = next(iter(scene.things())), list(scene.things())[1]
+    assert any(f"detect {first} ; {second}" in found for found in names)
+    assert any(f"detect {second} ; {first}" in found for found in names)
+
+
+def test_a_scene_is_asked_for_all_that_it_holds():
+    for scene in map(make_scene, range(40)):
+        examples, things = scene_examples(scene, np.random.default_rng(0)), scene.things()
+        assert examples["caption"] == [Example("caption", "caption en", scene.caption)]
+        for verb in ("detect", "segment"):
+            assert {e.prompt: list(e.objects) for e in examples[verb]} == {
+                f"{verb} {name}": objects for name, objects in things.items()}
+        questions = [e for kind in KINDS[1:6] for e in examples.get(kind, [])]
+        assert {(e.prompt, e.words, e.kind) for e in questions} == {
+            (f"answer en {question}", answer, kind) for question, answer, kind in scene.questions()}
+        pairs = (len(things) + 1) * len(things) // 2  # of the things and one that is absent
+        assert len(examples["several"]) == pairs + sum(len(objects) > 1 for objects in things.values())
 
 
 # --- marks
@@ -79,9 +118,42 @@ def test_grade_segment_compares_masks_and_not_boxes():
     assert marks_of(filled, RING, **ask)["iou"] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("found", [
+    [], find_objects(ONE, (224, 224)), find_objects(ONE, (1, 1)), find_objects(BOTH, SIZE),
+    find_objects(BOTH, SIZE)[1:]])
+def test_grade_refuses_what_the_text_does_not_say(found):
+    with pytest.raises(ValueError, match="at .112, 112. px the text says the boxes"):
+        grade(Example("detect", "detect red ring", objects=(RING,)), ONE, found)
+
+
+def test_all_found_means_all_of_them_in_order():
+    half = f"{ONE} ; {Example('detect', '', objects=(replace(TRIANGLE, box=RING.box),)).suffix}"
+    assert marks_of(half, RING, TRIANGLE) == dict(all_found=0)
+    left, right = (replace(o, shape="ring", color="red") for o in (RING, TRIANGLE))
+    for order, found in (((left, right), 1), ((right, left), 0)):
+        text = Example("detect", "", objects=order).suffix
+        assert marks_of(text, left, right) == dict(all_found=found)
+
+
+def test_one_object_of_several_is_marked_as_several():
+    "`detect a ; b` with b absent: one object, but the mark of answers with several"
+    assert marks_of(ONE, RING, kind="several", prompt="detect red ring ; blue star") == dict(all_found=1)
+    assert marks_of(BOTH, RING, kind="several") == dict(all_found=0)
+
+
+def test_over_half_is_over_half():
+    def wide(x2): return Example("detect", "", objects=(replace(RING, box=(0, 0, x2, 56)),))
+    text = Example("detect", "", objects=(replace(RING, box=(0, 0, 112, 56)),)).suffix
+    for x2, over in ((112 * 0.49, 0), (112 * 0.51, 1)):
+        marks = grade(wide(x2), text, find_objects(text, SIZE))
+        assert marks == dict(iou=pytest.approx(x2 / 112, abs=1e-2), over_half=over, right=over)
+
+
 def test_grade_text():
     example = Example("count", "answer en how many rings are there?", "2")
     assert grade(example, "2", []) == dict(right=1) and grade(example, "22", []) == dict(right=0)
+    caption = Example("caption", "caption en", "a red ring and a blue star")
+    assert grade(caption, "a red ring", []) == grade(caption, "", []) == dict(right=0)
     absent = Example("absent", "detect red ring")
     assert grade(absent, "", []) == dict(right=1) and grade(absent, ONE, find_objects(ONE, SIZE)) == dict(right=0)
 
@@ -100,6 +172,44 @@ def test_ap50_counts_what_is_missed_and_what_is_invented():
         answer(s, name, s.objects[:1], kind="absent") for s in scenes for name in names - s.things().keys())]
     assert ap50(right + invented, ("detect",)) == 1
     assert ap50(right + invented, ("detect", "absent")) < 0.5
+
+
+def test_ap50_takes_kinds_that_exist():
+    ring = Example("detect", "detect red ring", objects=(RING,))
+    answer = Answer(0, ring, ONE, find_objects(ONE, SIZE), {})
+    assert ap50([answer], ("detect",)) == pytest.approx(1)
+    for kinds in ("detect", ("detects",)):
+        with pytest.raises(ValueError, match="tuple of kinds"): ap50([answer], kinds)
+    with pytest.raises(ValueError, match="at least one true object"): ap50([answer], ("segment",))
+    with pytest.raises(ValueError, match="at least one true object"): ap50([], ("detect",))
+
+
+def test_an_exam_asks_marks_and_counts_what_it_says():
+    model, processor = load_model(device="cpu", dtype="float32")
+    means, answers = evaluate(model, processor, num_scenes=3, first_seed=HELD_OUT + 5)
+    assert {a.seed for a in answers} == {HELD_OUT + i for i in (5, 6, 7)}
+    assert [len(a.example.suffix) for a in answers] == sorted(len(a.example.suffix) for a in answers)
+    for kind, found in means.items():
+        of_kind = [a for a in answers if a.example.kind == kind]
+        assert found["asked"] == len(of_kind)
+        for mark in found.keys() - {"asked", "ap50"}:
+            assert found[mark] == pytest.approx(np.mean([a.marks[mark] for a in of_kind]))
+    for seed in range(HELD_OUT + 5, HELD_OUT + 8):
+        offered = scene_examples(make_scene(seed), np.random.default_rng(seed))
+        for kind in offered:
+            asked = [a.example for a in answers if a.seed == seed and a.example.kind == kind]
+            assert len(asked) == (len(offered[kind]) if kind in ("detect", "segment") else 1)
+    for a in answers:
+        assert a.marks == grade(a.example, a.text, a.found)
+        assert all(0 < d.score <= 1 for d in a.found)
+        assert all(d.mask.shape == SIZE for d in a.found if d.codes)
+    assert means["detect"]["ap50"] == ap50(answers, ("detect", "absent"))
+    assert means["segment"]["ap50"] == ap50(answers, ("segment", "segment_absent"), masks=True)
+    smaller, _ = evaluate(model, processor, num_scenes=3, first_seed=HELD_OUT + 5, batch_size=7)
+    assert smaller.keys() == means.keys() and smaller["count"] == means["count"]
+    assert f"| detect | {means['detect']['asked']} | {means['detect']['right']:.3f} |" in marks_table(means)
+    for num in (0, -1):
+        with pytest.raises(ValueError, match="at least one scene"): evaluate(model, processor, num)
 
 
 def test_worst_are_the_lowest():
