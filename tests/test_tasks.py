@@ -73,10 +73,11 @@ def test_a_scene_is_asked_for_all_that_it_holds():
             assert {e.prompt: list(e.objects) for e in examples[verb]} == {
                 f"{verb} {name}": objects for name, objects in things.items()}
         questions = [e for kind in KINDS[1:6] for e in examples.get(kind, [])]
-        assert {(e.prompt, e.words, e.kind) for e in questions} == {
-            (f"answer en {question}", answer, kind) for question, answer, kind in scene.questions()}
+        assert {(e.prompt.removeprefix("answer en "), e.words, e.kind) for e in questions} == {
+            *scene.questions()}
         pairs = (len(things) + 1) * len(things) // 2  # of the things and one that is absent
-        assert len(examples["several"]) == pairs + sum(len(objects) > 1 for objects in things.values())
+        twins = sum(len(objects) > 1 for objects in things.values())
+        assert len(examples["several"]) == pairs + twins
 
 
 # --- marks
@@ -127,17 +128,22 @@ def test_grade_refuses_what_the_text_does_not_say(found):
 
 
 def test_all_found_means_all_of_them_in_order():
-    half = f"{ONE} ; {Example('detect', '', objects=(replace(TRIANGLE, box=RING.box),)).suffix}"
-    assert marks_of(half, RING, TRIANGLE) == dict(all_found=0)
+    misplaced = Example("detect", "", objects=(RING, replace(TRIANGLE, box=RING.box))).suffix
+    assert marks_of(misplaced, RING, TRIANGLE) == dict(all_found=0)
     left, right = (replace(o, shape="ring", color="red") for o in (RING, TRIANGLE))
     for order, found in (((left, right), 1), ((right, left), 0)):
         text = Example("detect", "", objects=order).suffix
         assert marks_of(text, left, right) == dict(all_found=found)
 
 
+def test_the_first_object_of_an_answer_counts():
+    far = Example("detect", "", objects=(replace(TRIANGLE, color="red", shape="ring"),)).suffix
+    assert marks_of(f"{far} ; {ONE}", RING) == dict(iou=0, over_half=0, right=0)
+
+
 def test_one_object_of_several_is_marked_as_several():
     "`detect a ; b` with b absent: one object, but the mark of answers with several"
-    assert marks_of(ONE, RING, kind="several", prompt="detect red ring ; blue star") == dict(all_found=1)
+    assert marks_of(ONE, RING, kind="several") == dict(all_found=1)
     assert marks_of(BOTH, RING, kind="several") == dict(all_found=0)
 
 
@@ -180,15 +186,27 @@ def test_ap50_takes_kinds_that_exist():
     assert ap50([answer], ("detect",)) == pytest.approx(1)
     for kinds in ("detect", ("detects",)):
         with pytest.raises(ValueError, match="tuple of kinds"): ap50([answer], kinds)
-    with pytest.raises(ValueError, match="at least one true object"): ap50([answer], ("segment",))
-    with pytest.raises(ValueError, match="at least one true object"): ap50([], ("detect",))
+    for answers, kinds in ([answer], ("segment",)), ([], ("detect",)):
+        with pytest.raises(ValueError, match="at least one true object"): ap50(answers, kinds)
+
+
+def test_a_box_without_a_mask_has_found_nothing_where_masks_are_asked_for():
+    whole = Example("segment", "segment red ring", objects=(RING,))
+    answers = [Answer(seed, whole, text, find_objects(text, SIZE), {})
+               for seed, text in enumerate((whole.suffix, ONE))]
+    assert ap50(answers, ("segment",), masks=True) == pytest.approx(51 / 101)
+    empty = replace(answers[0].found[0], mask=np.zeros_like(RING.mask))
+    answers[1] = replace(answers[1], found=[empty])
+    assert ap50(answers, ("segment",), masks=True) < 0.6
+    assert ap50(answers, ("segment",)) == pytest.approx(1)
 
 
 def test_an_exam_asks_marks_and_counts_what_it_says():
     model, processor = load_model(device="cpu", dtype="float32")
     means, answers = evaluate(model, processor, num_scenes=3, first_seed=HELD_OUT + 5)
     assert {a.seed for a in answers} == {HELD_OUT + i for i in (5, 6, 7)}
-    assert [len(a.example.suffix) for a in answers] == sorted(len(a.example.suffix) for a in answers)
+    lengths = [len(a.example.suffix) for a in answers]
+    assert lengths == sorted(lengths)
     for kind, found in means.items():
         of_kind = [a for a in answers if a.example.kind == kind]
         assert found["asked"] == len(of_kind)
@@ -199,17 +217,19 @@ def test_an_exam_asks_marks_and_counts_what_it_says():
         for kind in offered:
             asked = [a.example for a in answers if a.seed == seed and a.example.kind == kind]
             assert len(asked) == (len(offered[kind]) if kind in ("detect", "segment") else 1)
+            assert all(example in offered[kind] for example in asked)
     for a in answers:
         assert a.marks == grade(a.example, a.text, a.found)
         assert all(0 < d.score <= 1 for d in a.found)
         assert all(d.mask.shape == SIZE for d in a.found if d.codes)
     assert means["detect"]["ap50"] == ap50(answers, ("detect", "absent"))
     assert means["segment"]["ap50"] == ap50(answers, ("segment", "segment_absent"), masks=True)
-    smaller, _ = evaluate(model, processor, num_scenes=3, first_seed=HELD_OUT + 5, batch_size=7)
-    assert smaller.keys() == means.keys() and smaller["count"] == means["count"]
-    assert f"| detect | {means['detect']['asked']} | {means['detect']['right']:.3f} |" in marks_table(means)
+    again, _ = evaluate(model, processor, num_scenes=3, first_seed=HELD_OUT + 5, batch_size=7)
+    assert again.keys() == means.keys() and again["count"] == means["count"]
+    detect = means["detect"]
+    assert f"| detect | {detect['asked']} | {detect['right']:.3f} |" in marks_table(means)
     for num in (0, -1):
-        with pytest.raises(ValueError, match="at least one scene"): evaluate(model, processor, num)
+        with pytest.raises(ValueError, match="at least one"): evaluate(model, processor, num)
 
 
 def test_worst_are_the_lowest():

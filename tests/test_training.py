@@ -95,18 +95,20 @@ def test_length_power_weighs_tokens_by_the_length_of_their_answer(shipped, fresh
 
 
 def test_rows_may_come_in_any_order(shipped):
-    "Rows of one's own, which share no picture, share one by chance, or are padded on the right"
+    "Rows of one's own: without a common picture, with one by chance, or padded on the right"
     model, processor = shipped
     scenes = [make_scene(seed) for seed in (1, 1, 2, 1)]
-    batch = processor([s.pixels for s in scenes], ["caption en"] * 4, [s.caption for s in scenes])
+    pictures, captions = zip(*((scene.pixels, scene.caption) for scene in scenes))
+    batch = processor(list(pictures), ["caption en"] * 4, list(captions))
     expected = model(**batch).loss
     for order in ([0, 1, 2, 3], [2, 0, 1, 3], [0, 2, 1, 3]):
         rows = {name: x[order] for name, x in batch.items()}
         torch.testing.assert_close(batch_loss(model, rows), expected, rtol=1e-4, atol=0)
     pictures = batch["pixel_values"]
     swapped = batch | dict(pixel_values=torch.cat((pictures[1:], pictures[:1])))
-    torch.testing.assert_close(batch_loss(model, swapped), model(**swapped).loss, rtol=1e-4, atol=0)
-    assert abs(batch_loss(model, swapped) - expected) > 1
+    found = batch_loss(model, swapped)
+    torch.testing.assert_close(found, model(**swapped).loss, rtol=1e-4, atol=0)
+    assert abs(found - expected) > 1
     pads = (batch["attention_mask"] == 0).sum(1).tolist()
     right = batch | {name: torch.stack([x.roll(-n) for x, n in zip(batch[name], pads)])
                      for name in ("input_ids", "attention_mask", "token_type_ids", "labels")}
@@ -132,7 +134,8 @@ def test_the_loss_is_taken_in_float32(shipped):
     logits = model(**batch | dict(labels=None), logits_to_keep=kept).logits[:, :-1].float()
     expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels)
     loss = batch_loss(model, batch)
-    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -140,7 +143,7 @@ def test_the_loss_is_taken_in_float32(shipped):
     (dict(labels=-100), "no labels"),
     (dict(token_type_ids=0), "token_type_ids of 1"),
 ])
-def test_batches_without_an_answer_or_with_one_that_leaks_are_refused(shipped, change, message):
+def test_batches_without_answers_or_with_leaks_are_refused(shipped, change, message):
     model, processor = shipped
     batch = make_batch(processor, Recipe(scenes_per_step=1), 0)
     for name, value in change.items():
@@ -183,9 +186,9 @@ def lengths(tensors):
 
 
 def first_steps(tokenizer):
-    """Five steps of a small model, in float32 and on one thread -> the five losses; for each group
-    of parameters its length after the first step and after the last, that of the way between start
-    and end, of the running means, and of those of squares."""
+    """Five steps of a small model, in float32, on one thread -> their losses; for each group of
+    parameters its length after the first step and after the last, that of the way from the start
+    to the end, of the running means, and of those of squares."""
     processor = PaliGemmaProcessor(tokenizer, image_size=56, num_image_tokens=16)
     config = tiny_config(processor)
     sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -208,7 +211,8 @@ def first_steps(tokenizer):
         if step == 0: measured = [lengths(named.items())]
     torch.set_num_threads(threads)
     measured += [lengths(named.items()), lengths((n, p - start[n]) for n, p in named.items())]
-    states = {n: o.state[p] for n, p in named.items() for o in optimizers.values() if p in o.state}
+    states = {n: o.state[p] for n, p in named.items()
+              for o in optimizers.values() if p in o.state}
     for key in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
         measured.append(lengths((n, s[key]) for n, s in states.items() if key in s))
     return dict(loss=losses) | {
@@ -216,9 +220,9 @@ def first_steps(tokenizer):
 
 
 # What `first_steps` gives, each number with a relative tolerance: at least four times what it
-# moved by under fourteen settings (one and two threads; ATen, NumPy, oneDNN and MKL held to AVX-512
-# without bf16, to AVX2, to SSE4.1). Nearly all of that comes from Muon, which multiplies in
-# bfloat16: until it has moved the blocks, there is none.
+# moved by under fourteen settings (one and two threads; ATen, NumPy, oneDNN and MKL held to
+# AVX-512 without bf16, to AVX2, to SSE4.1). Nearly all of that comes from Muon, which multiplies
+# in bfloat16: until it has moved the blocks, there is none.
 FIRST_STEPS = """
 loss          9.01644 1e-5   8.42168 5e-5   8.39613 5e-4   7.8346 5e-4   7.34862 1e-3
 patches       8.0128101 1e-6    8.3614 1e-3   2.4518 5e-3   0.0011346 2e-2  3.9286e-8 5e-2
@@ -241,7 +245,7 @@ def test_the_first_steps_are_the_pinned_ones(shipped):
     for group, *numbers in rows:
         expected, tolerances = (list(map(float, numbers[i::2])) for i in (0, 1))
         for i, (value, tolerance) in enumerate(zip(expected, tolerances, strict=True)):
-            assert found[group][i] == pytest.approx(value, rel=tolerance, abs=0), f"{group}, {i}"
+            assert found[group][i] == pytest.approx(value, rel=tolerance, abs=0), (group, i)
         assert len(found[group]) == len(expected)
 
 
@@ -257,8 +261,9 @@ def test_rate_rises_stays_and_falls():
     dict(steps=60), dict(steps=10, warmup_steps=4, decay_steps=8), dict(warmup_steps=0),
     dict(decay_steps=0), dict(scenes_per_step=0), dict(max_grad_norm=0), dict(max_grad_norm=-1),
     dict(max_grad_norm=float("nan")),
-    dict(prompts_per_scene=0), dict(prompts_per_scene=9), dict(kind_weights=dict(caption=1, where=0)),
-    dict(kind_weights=dict(caption=1, captions=1)), dict(kind_weights=dict(caption=1, count=-1)),
+    dict(prompts_per_scene=0), dict(prompts_per_scene=9),
+    dict(kind_weights=dict(caption=1, where=0)), dict(kind_weights=dict(caption=1, captions=1)),
+    dict(kind_weights=dict(caption=1, count=1, where=-1)),
 ])
 def test_recipes_that_could_not_do_what_they_say_are_refused(change):
     with pytest.raises(ValueError, match="expected|never peak"): Recipe(**change)
@@ -275,7 +280,8 @@ def test_scenes_without_enough_kinds_are_named():
     scene, rng = make_scene(1, num_objects=1), np.random.default_rng(0)
     with pytest.raises(ValueError, match="scene 1 offers .*caption"):
         sample_examples(scene, 2, rng, dict(caption=1, where=1))
-    assert [e.kind for e in sample_examples(scene, 1, rng, dict(caption=1, detect=0))] == ["caption"]
+    (only,) = sample_examples(scene, 1, rng, dict(caption=1, detect=0))
+    assert only.kind == "caption"
 
 
 def test_only_whole_weights_in_float32_are_trained(fresh):
@@ -315,7 +321,8 @@ def test_gradients_from_before_do_not_count(shipped, fresh):
 
 def test_precision_is_the_recipes(shipped, fresh):
     batch, dtypes = make_batch(shipped[1], Recipe(scenes_per_step=1), 0), []
-    fresh.multi_modal_projector.register_forward_hook(lambda module, given, out: dtypes.append(out.dtype))
+    projector = fresh.multi_modal_projector
+    projector.register_forward_hook(lambda module, x, out: dtypes.append(out.dtype))
     for autocast in (True, False):
         recipe = Recipe(scenes_per_step=1, autocast=autocast)
         train_step(fresh, make_optimizers(fresh, recipe), batch, recipe, 0)
@@ -328,8 +335,9 @@ def test_waves_need_pairs():
 
 
 def test_exams_need_not_fall_on_saves(tmp_path, shipped, fresh):
-    recipe = Recipe(steps=5, scenes_per_step=1, warmup_steps=1, decay_steps=2, prompts_per_scene=1)
-    history = train(tmp_path, fresh, shipped[1], recipe, save_every=2, evaluate_every=3, num_scenes=1)
+    recipe = Recipe(steps=5, scenes_per_step=1, warmup_steps=1, decay_steps=2)
+    history = train(tmp_path, fresh, shipped[1], recipe, save_every=2, evaluate_every=3,
+                    num_scenes=1)
     assert [(row["step"], "marks" in row) for row in history] == [
         (2, False), (3, True), (4, False), (5, True)]
     for wrong in (dict(save_every=0), dict(evaluate_every=0)):
