@@ -19,6 +19,7 @@ CLOCKS = {
 CLOCKS["time"] |= {name + "_ns" for name in CLOCKS["time"]}
 METHODS = {"timeit", "blocked_autorange", "elapsed_time", "cpu_times"}  # of whatever object
 FIELDS = {"ru_utime", "ru_stime"}
+CHOICES = {"kernels", "can_pack", "int4_pays"}  # a probe chooses a way; each way must be right
 PACKAGE = Path(__file__).resolve().parents[1]/"paligemma_nb"
 DEEPEST = 6     # calls within calls; further down a result is as measured as its arguments
 SHORTEST = 600  # seconds: a busy machine may reach a time limit below
@@ -196,6 +197,7 @@ class Interpreter:
         args = [self.value(arg, scope) for arg in node.args]
         kwargs = {k.arg: self.value(k.value, scope) for k in node.keywords}
         self.check_call(node, [*args, *kwargs.values()])
+        if isinstance(node.func, ast.Name) and node.func.id in CHOICES: return False
         function = self.value(node.func, scope)
         if isinstance(function, Function): return self.call(function, args, kwargs, node)
         if isinstance(node.func, ast.Attribute):
