@@ -91,7 +91,7 @@ class Recipe:
 
     def __post_init__(self):
         numbers = self.scenes_per_step, self.warmup_steps, self.decay_steps, self.max_grad_norm
-        if not all(x > 0 for x in numbers): raise ValueError(f"expected numbers over 0: {self}")
+        if not all(x > 0 for x in numbers): raise ValueError(f"expected more than 0: {self}")
         if self.warmup_steps + self.decay_steps > self.steps + 1:
             raise ValueError(f"{self.steps} steps are too few for {self.warmup_steps} up"
                              f" and {self.decay_steps} down: the rate would never peak")
@@ -122,7 +122,7 @@ def batch_loss(model: PaliGemmaForConditionalGeneration, batch: dict[str, Tensor
     length_power: float = 0.0,   # 0: the mean over all tokens, the model's own loss; 1: over answers, big_vision's
 ) -> Tensor: # scalar
     """The suffix loss without what it does not need: equal pictures in a run are seen once,
-    logits stand where answers do. Raises ValueError if there is none, or one could be read off."""
+    logits stand where answers do. Raises ValueError if none is there, or one can be read off."""
     labels = batch.get("labels")  # [b, t]
     if labels is None or not (scored := labels != -100).any():
         raise ValueError("the batch has no labels to learn: give the processor each suffix")

@@ -91,7 +91,8 @@ def test_length_power_weighs_tokens_by_the_length_of_their_answer(shipped, fresh
     for power in (0, 0.5, 1):
         weights = lengths ** (1 - power)  # of a row: its number of tokens, each with the weight lengths ** -power
         expected = (weights * losses).sum() / weights.sum()
-        torch.testing.assert_close(batch_loss(fresh, batch, power), expected, rtol=1e-5, atol=0)
+        found = batch_loss(fresh, batch, power)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 def test_rows_may_come_in_any_order(shipped):
@@ -186,9 +187,9 @@ def lengths(tensors):
 
 
 def first_steps(tokenizer):
-    """Five steps of a small model, in float32, on one thread -> their losses; for each group of
-    parameters its length after the first step and after the last, that of the way from the start
-    to the end, of the running means, and of those of squares."""
+    """Five steps of a small model, in float32, on one thread -> their losses; and for each group
+    of parameters its length after the first step and after the last, that of the way from start
+    to end, of the running means, and of those of squares."""
     processor = PaliGemmaProcessor(tokenizer, image_size=56, num_image_tokens=16)
     config = tiny_config(processor)
     sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -221,8 +222,8 @@ def first_steps(tokenizer):
 
 # What `first_steps` gives, each number with a relative tolerance: at least four times what it
 # moved by under fourteen settings (one and two threads; ATen, NumPy, oneDNN and MKL held to
-# AVX-512 without bf16, to AVX2, to SSE4.1). Nearly all of that comes from Muon, which multiplies
-# in bfloat16: until it has moved the blocks, there is none.
+# AVX-512 without bf16, to AVX2, to SSE4.1). Nearly all of that comes from Muon, whose products
+# are in bfloat16: until it has moved the blocks, there is none.
 FIRST_STEPS = """
 loss          9.01644 1e-5   8.42168 5e-5   8.39613 5e-4   7.8346 5e-4   7.34862 1e-3
 patches       8.0128101 1e-6    8.3614 1e-3   2.4518 5e-3   0.0011346 2e-2  3.9286e-8 5e-2
@@ -259,10 +260,10 @@ def test_rate_rises_stays_and_falls():
 
 @pytest.mark.parametrize("change", [
     dict(steps=60), dict(steps=10, warmup_steps=4, decay_steps=8), dict(warmup_steps=0),
-    dict(decay_steps=0), dict(scenes_per_step=0), dict(max_grad_norm=0), dict(max_grad_norm=-1),
-    dict(max_grad_norm=float("nan")),
+    dict(decay_steps=0), dict(scenes_per_step=0), dict(max_grad_norm=0),
+    dict(max_grad_norm=-1), dict(max_grad_norm=float("nan")),
     dict(prompts_per_scene=0), dict(prompts_per_scene=9),
-    dict(kind_weights=dict(caption=1, where=0)), dict(kind_weights=dict(caption=1, captions=1)),
+    dict(kind_weights=dict(caption=1, where=0)), dict(kind_weights=dict(caption=1, cap=1)),
     dict(kind_weights=dict(caption=1, count=1, where=-1)),
 ])
 def test_recipes_that_could_not_do_what_they_say_are_refused(change):
@@ -394,7 +395,8 @@ def test_states_of_others_are_refused(tmp_path, shipped, fresh):
         load_state(path, other, make_optimizers(other, recipe), recipe)
     assert all(torch.equal(t, before[name]) for name, t in other.state_dict().items())
     path.write_bytes(path.read_bytes()[:5_000])
-    with pytest.raises(ValueError, match="damaged"): load_state(path, fresh, optimizers, recipe)
+    with pytest.raises(ValueError, match="damaged"):
+        load_state(path, fresh, optimizers, recipe)
     with pytest.raises(ValueError, match="no file of save_state"):
         load_state(TINY / "model.safetensors", fresh, optimizers, recipe)
 
