@@ -29,15 +29,20 @@ TINY = Path(paligemma_nb.__file__).parent / "tiny"
 def shipped(): return load_model(device="cpu", dtype="float32")
 
 
-@pytest.fixture
-def fresh(shipped):
-    _, processor = shipped
+def new_model(processor, layers):
+    "As small as may be, before its first step"
     config = tiny_config(processor)
-    config.text_config = replace(config.text_config, num_hidden_layers=1)
-    config.vision_config = replace(config.vision_config, num_hidden_layers=1)
+    sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=2,
+                 num_hidden_layers=layers)
+    config.vision_config = replace(config.vision_config, **sizes)
+    config.text_config = replace(config.text_config, head_dim=32, **sizes)
     model = PaliGemmaForConditionalGeneration(config)
     initialize(model, processor)
     return model
+
+
+@pytest.fixture
+def fresh(shipped): return new_model(shipped[1], layers=1)
 
 
 # --- batches, loss
@@ -191,13 +196,7 @@ def first_steps(tokenizer):
     of parameters its length after the first step and after the last, that of the way from start
     to end, of the running means, and of those of squares."""
     processor = PaliGemmaProcessor(tokenizer, image_size=56, num_image_tokens=16)
-    config = tiny_config(processor)
-    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                 num_attention_heads=2)
-    config.vision_config = replace(config.vision_config, **sizes)
-    config.text_config = replace(config.text_config, head_dim=32, **sizes)
-    model = PaliGemmaForConditionalGeneration(config)
-    initialize(model, processor)
+    model = new_model(processor, layers=2)
     recipe = Recipe(steps=5, single_object_steps=2, scenes_per_step=3, muon_lr=0.03,
                     adamw_lr=0.01, warmup_steps=3, decay_steps=3, max_grad_norm=0.5, seed=3,
                     length_power=0.5, kind_weights=STAGES[-1].kind_weights, autocast=False)
@@ -387,9 +386,7 @@ def test_states_of_others_are_refused(tmp_path, shipped, fresh):
     save_state(path, fresh, optimizers, 7, recipe, [])
     with pytest.raises(ValueError, match="another recipe: expected seed 1, got 0$"):
         load_state(path, fresh, optimizers, replace(recipe, seed=1))
-    config = tiny_config(shipped[1])
-    config.vision_config = replace(config.vision_config, num_hidden_layers=1)
-    other = PaliGemmaForConditionalGeneration(config)
+    other = new_model(shipped[1], layers=2)
     before = {name: t.clone() for name, t in other.state_dict().items()}
     with pytest.raises(ValueError, match="another model: expected .*layers.1"):
         load_state(path, other, make_optimizers(other, recipe), recipe)
