@@ -1,6 +1,8 @@
-"""Is the model the same as transformers' at the published sizes? Random weights, written by transformers.
+"""Is the model the same as transformers' at the published sizes? With random weights of transformers.
 
-    python bench/check_full_size.py --output_file result.json    # PaliGemma 3B and PaliGemma 2 3B; 24 GB of memory
+    python bench/check_full_size.py --folder weights --results bench/results
+
+PaliGemma 3B and PaliGemma 2 3B; 24 GB of memory. `--folder` keeps the weights for the next time.
 
 For each: the file opens strictly; the logits in bfloat16, behind the prompt and behind each of 16 given tokens, are as
 near to those of float32 as transformers' are, and choose the same tokens, except where float32 sees a tie: two logits
@@ -8,14 +10,14 @@ nearer to each other than the largest distance of one of transformers' logits fr
 and of the first 4 layers, in float32, the logits agree to 1e-5. (Greedy tokens alone say little: random weights may
 repeat one token for ever.)
 """
-import json
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
-from compare_transformers import make_inputs, open_theirs, write_full_size
+from machine import write_results
+from models import full_size, make_inputs, open_theirs, write_full_size
 
 CUT, GIVEN = 4, 16  # layers; tokens
 
@@ -56,7 +58,7 @@ def gaps(ours, theirs, exact): # where choices differ: what float32 sees between
     return [(row[i] - row[j]).abs().item() / deviation(theirs, exact) for row, i, j in zip(exact, a, b) if i != j]
 
 
-def check(size, temporary):
+def check(size, temporary, folder):
     from paligemma_nb.checkpoint import load_model
     from paligemma_nb.generation import generate
     results = {}
@@ -68,8 +70,7 @@ def check(size, temporary):
         last_logits(model, inputs), last_logits(open_theirs(cut, "float32"), inputs))
     del model
 
-    whole = Path(temporary) / "whole"
-    write_full_size(size, whole)
+    whole = full_size(size, folder or temporary)
     exact = our_steps(load_model(whole, device="cpu", dtype="float32")[0], inputs)
     theirs, (model, _) = open_theirs(whole, "bfloat16"), load_model(whole, device="cpu")
     results["parameters"] = sum(p.numel() for p in model.parameters())
@@ -88,13 +89,13 @@ def check(size, temporary):
     return results
 
 
-def main(output_file: str = "", threads: int = 2):
+def main(results: str = "", folder: str = "", threads: int = 2):
     import transformers
-    from paligemma_nb.training import machine
     torch.set_num_threads(threads)
     found, failed = {}, []
     for size in ("3b", "3b2"):
-        with tempfile.TemporaryDirectory() as temporary: found[size] = r = check(size, temporary)
+        with tempfile.TemporaryDirectory() as temporary:
+            found[size] = r = check(size, temporary, folder)
         print(size, *(f"{what}: {value}" for what, value in r.items()), sep="\n  ", flush=True)
         if r["16 greedy tokens, ours"] != r["16 greedy tokens, theirs"]: failed.append(f"{size}: other tokens")
         if r[f"{CUT} layers, float32: logits differ by"] > 1e-5: failed.append(f"{size}: float32 differs")
@@ -102,9 +103,8 @@ def main(output_file: str = "", threads: int = 2):
             failed.append(f"{size}: bfloat16 is less exact than theirs")
         if any(gap >= 1 for gap in r["gaps where the choices differ (below 1: a tie)"]):
             failed.append(f"{size}: another choice, and no tie")
-    if output_file:
-        results = dict(machine=machine(), transformers=transformers.__version__, models=found)
-        Path(output_file).write_text(json.dumps(results, indent=2) + "\n")
+    if results:
+        write_results(results, "full_size", dict(transformers=transformers.__version__, models=found))
     if failed: sys.exit("; ".join(failed))
 
 

@@ -1,286 +1,209 @@
-"""This package and transformers side by side: opening, first token, further tokens, training, memory.
+"""This package and transformers side by side: tokens, opening, training, memory.
 
-    python bench/compare_transformers.py                      # the shipped model and a middle size, 2 threads
-    python bench/compare_transformers.py --size 3b --output_file result.json
-    python bench/compare_transformers.py --size tiny --repeats 15
+    python bench/compare_transformers.py    # the shipped model and a middle size
+    python bench/compare_transformers.py --size 3b --folder weights --results bench/results
 
-Sizes: tiny (shipped), middle (0.3 B), 3b (PaliGemma) and 3b2 (PaliGemma 2). The last two are full size, with random
-weights that transformers writes to a temporary folder (6 GB); all of it takes half an hour on two cores.
-Both open the same folder and do the same work in turns (ours, theirs, ours, …), so that a busy machine slows both. Each
-round has its own ratio, and of times and ratios the medians count: where a machine changes its pace between rounds, the
-ratio is not quite that of the times beside it. (The file keeps all rounds.) Ratios above 1 mean that this package is
-faster or smaller.
+Sizes: tiny (shipped), middle (0.3 B), 3b (PaliGemma) and 3b2 (PaliGemma 2). The last two have
+the published sizes and random weights, which transformers writes (6 GB). They take some ten
+minutes on two cores, and 24 GB of memory.
+
+Both open the same folder and write the same answer, token by token in turns: one of
+transformers, one of each of ours. How pairs of times are judged stands in `pairs.py`. The
+table has the best and the median of both sides; the ratio of the best, the median ratio of
+the pairs, and where the middle 80 % of them lie. Above 1 this package is faster or smaller.
+
+Between the tokens a small product and a read of memory are timed, too. They say how steady
+the machine was, and how long it takes to read the decoder's weights once, which a further
+token cannot avoid: its share of that bound is given at best and in the median. (What fits
+into a cache can be beyond the bound.)
+
+As an older processor, in a few minutes; AVX512_CORE_BF16 and AVX512_CORE without the second
+variable:
+
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python bench/compare_transformers.py \\
+        --size middle --rounds 6 --new_tokens 4 --opening_rounds 0 --results bench/results
 """
 import json
 import os
-import re
-import resource
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 
-SIZES = ("tiny", "middle", "3b", "3b2")
-WAYS = ("as stored", "packed", "int8", "int4")  # in which a full-size model is opened here
+from machine import Pace, machine_line, peak_bytes, process, timed, write_results
+from models import (
+    decoder_bytes, full_size, make_inputs, open_ours, open_theirs, write_middle, write_small)
+from pairs import answers_in_turns, share_of_bound, summary
+
+# ways in which a model is opened here: together with theirs, those of one set fit into memory
+SETS = {"tiny": [["as stored"]], "middle": [["as stored", "packed", "int8", "int4"]]}
+SETS["3b"] = SETS["3b2"] = [["as stored", "packed"], ["int8", "int4"]]
+ANSWER = 64  # tokens that a process of its own writes
 
 
-# --- models
-
-def wide_processor():
-    from paligemma_nb.processing import PaliGemmaProcessor
-    from paligemma_nb.training import tiny_processor
-    return PaliGemmaProcessor(tiny_processor().tokenizer, image_size=224, num_image_tokens=256)
-
-
-def write_middle(folder):
-    "About 300 M parameters with random weights, between the shipped model and the published ones."
-    from paligemma_nb.checkpoint import save_model
-    from paligemma_nb.gemma import GemmaConfig
-    from paligemma_nb.paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
-    from paligemma_nb.siglip import SiglipVisionConfig
-    processor = wide_processor()
-    vision = SiglipVisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-                                patch_size=14, image_size=224)
-    text = GemmaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=8,
-                       num_key_value_heads=1, head_dim=128, vocab_size=32_000)
-    torch.manual_seed(0)
-    model = PaliGemmaForConditionalGeneration(PaliGemmaConfig(vision, text, image_token_index=processor.image_token_id))
-    for p in model.parameters(): torch.nn.init.normal_(p, std=0.02)
-    save_model(model.bfloat16(), processor, folder)
+def find_model(size, folder): # -> its folder; the dtype that both compute in
+    import paligemma_nb
+    if size == "tiny": return Path(paligemma_nb.__file__).parent / "tiny", "float32"
+    if size != "middle": return full_size(size, folder), "bfloat16"
+    write_middle(path := Path(folder) / size)
+    return path, "bfloat16"
 
 
-def write_full_size(size, folder, num_layers=None):
-    "The published sizes; written by transformers, so that nothing of ours has touched the file."
-    from transformers import PaliGemmaConfig as TheirConfig, PaliGemmaForConditionalGeneration as Theirs
-    from paligemma_nb.gemma import Gemma2Config, GemmaConfig
-    from paligemma_nb.paligemma import PaliGemmaConfig
-    from paligemma_nb.siglip import SiglipVisionConfig
-    processor = wide_processor()
-    text = (GemmaConfig(2048, 16384, num_layers or 18, 8, 1, 257_216) if size == "3b" else
-            Gemma2Config(2304, 9216, num_layers or 26, 8, 4, 257_216))
-    config = PaliGemmaConfig(SiglipVisionConfig(1152, 4304, 27, 16, patch_size=14), text, processor.image_token_id)
-    torch.manual_seed(0)
-    with torch.device("meta"): model = Theirs(TheirConfig(**config.to_dict())).bfloat16()
-    model.to_empty(device="cpu")
-    for name, p in model.named_parameters():
-        # so that layers outweigh the embedding: else the model would repeat its last token, and comparing says little
-        std = 0.005 if "embed_tokens" in name else 0.05 if "language_model" in name and p.ndim > 1 else 0.02
-        is_scale = "vision" in name and name.endswith("weight") and p.ndim == 1  # LayerNorm's; RMSNorm's is around 0
-        torch.nn.init.normal_(p, mean=float(is_scale), std=std)
-    model.tie_weights()
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+# --- in this process, in turns
+
+def answer_rows(theirs, folders, ways, pace, rounds, n, dtype):
+    opened = {way: open_ours(folders[way], way, dtype) for way in ways}
+    ours, processor = {way: model for way, (model, _) in opened.items()}, opened[ways[0]][1]
+    first, further = answers_in_turns(theirs, ours, make_inputs(processor), pace, rounds, n)
+    rows = {}
+    for way in ways:
+        for what, times in (("first token (ms)", first), ("each further token (ms)", further)):
+            rows[way, what] = summary(list(zip(times[way], times["transformers"])))
+        rows[way, what]["share_of_bound"] = share_of_bound(
+            further[way], further["read"], decoder_bytes(folders[way]))
+    if "packed" in ways:  # the first token of 8 rows takes long: one round, of more tokens
+        ours, inputs = {"packed": ours["packed"]}, make_inputs(processor, rows=8)
+        _, further = answers_in_turns(theirs, ours, inputs, pace, rounds=1, n=12)
+        rows["packed", "each further token of 8 rows (ms)"] = summary(
+            list(zip(further["packed"], further["transformers"])))
+    return rows
 
 
-def open_ours(folder, dtype=None, way="as stored"):
-    from paligemma_nb.checkpoint import load_model
-    from paligemma_nb.speed import open_model
-    if way == "as stored": model, processor = load_model(folder, device="cpu", dtype=dtype)
-    else: model, processor = open_model(folder, device="cpu", dtype=dtype)
-    model.config.eos_token_id = -1  # every answer takes the full number of tokens
-    return model, processor
-
-
-def open_theirs(folder, dtype):
-    from transformers import PaliGemmaForConditionalGeneration, logging
-    logging.set_verbosity_error(), logging.disable_progress_bar()
-    model = PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    model.generation_config.eos_token_id = None
-    return model
-
-
-# --- work: each function returns the moments at which its tokens were known
-
-def our_moments(model, inputs, n):
-    from paligemma_nb.generation import generate_tokens
-    return [(time.perf_counter(), new)[0] for new in generate_tokens(model, inputs, max_new_tokens=n)]
-
-
-def their_moments(model, inputs, n):
-    from transformers import StoppingCriteriaList
-    moments = []
-
-    def note(ids, scores, **kwargs):
-        moments.append(time.perf_counter())
-        return torch.zeros(len(ids), dtype=torch.bool)
-
-    model.generate(**inputs, max_new_tokens=n, min_new_tokens=n, do_sample=False,
-                   stopping_criteria=StoppingCriteriaList([note]))
-    return moments
-
-
-def summary(rounds): # of pairs (ours, theirs)
-    ours, theirs = map(median, zip(*rounds))
-    return dict(ours=ours, transformers=theirs, ratio=median(b / a for a, b in rounds), rounds=rounds)
-
-
-def in_turns(ours, theirs, repeats):
-    "Rounds of milliseconds until the first moment, and between two (empty pairs where there is only one)."
-    first, further = [], []
-    for _ in range(repeats + 1):
-        starts, moments = zip(*[(time.perf_counter(), work()) for work in (ours, theirs)])
-        first.append([1e3 * (side[0] - start) for start, side in zip(starts, moments)])
-        further.append([1e3 * median(b - a for a, b in zip(side, side[1:])) for side in moments if len(side) > 1])
-    return first[1:], further[1:]  # the first round warms up
-
-
-def make_inputs(processor, rows=1):
-    from paligemma_nb.scenes import HELD_OUT, make_scene
-    return processor([make_scene(HELD_OUT + i).image for i in range(rows)], ["caption en"] * rows)
-
-
-def generation_rows(ours, theirs, processor, repeats, new_tokens=32, rows=1):
-    inputs = make_inputs(processor, rows)
-    first, further = in_turns(lambda: our_moments(ours, inputs, new_tokens),
-                              lambda: their_moments(theirs, inputs, new_tokens), repeats)
-    return {"first token (ms)": first, "each further token (ms)": further}
-
-
-def training_row(folder, repeats, rows=64):
+def training_rows(folder, rounds, size=64):
     "One forward and backward pass over the same batch, every row with its own picture."
     from paligemma_nb.training import Recipe, batch_loss, make_batch, training_precision
-    (model, processor), reference = open_ours(folder, "float32"), open_theirs(folder, "float32")
-    batch = make_batch(processor, Recipe(scenes_per_step=rows, prompts_per_scene=1, single_object_steps=0), step=0)
+    model, processor = open_ours(folder, dtype="float32")
+    reference = open_theirs(folder, "float32")
+    recipe = Recipe(scenes_per_step=size, prompts_per_scene=1, single_object_steps=0)
+    batch = make_batch(processor, recipe, step=0)
 
     def ours():
         with training_precision("cpu"): batch_loss(model, batch).backward()
         model.zero_grad()
-        return [time.perf_counter()]
 
     def theirs():
         with torch.autocast("cpu", torch.bfloat16): reference(**batch).loss.backward()
         reference.zero_grad()
-        return [time.perf_counter()]
 
-    return {f"training step of {rows} rows (ms)": in_turns(ours, theirs, repeats)[0]}
-
-
-# --- processes of their own
-
-def process(*arguments): # -> what `alone` prints
-    command = [sys.executable, __file__, *map(str, arguments)]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    pairs = [(timed(ours), timed(theirs)) for _ in range(rounds + 1)][1:]  # after a warm-up
+    return {("as stored", f"training step of {size} rows (ms)"): summary(pairs)}
 
 
-def alone(side, folder, dtype, new_tokens):
-    "Opens the model in this process and writes an answer: seconds until both are done, and the peak of memory."
-    # what is timed is the opening, not the imports
-    if side == "theirs": from transformers import PaliGemmaForConditionalGeneration  # noqa: F401
-    else: import paligemma_nb.speed  # noqa: F401
+# --- in processes of their own
+
+def alone(side, folder, dtype):
+    "Opens the model and writes an answer: seconds until each is done, and the peak of memory."
+    from paligemma_nb.generation import generate
+    from paligemma_nb.processing import PaliGemmaProcessor
+    import paligemma_nb.speed  # noqa: F401  (what is timed is the opening, not the imports)
+    if side == "transformers":
+        from transformers import PaliGemmaForConditionalGeneration  # noqa: F401
     start = time.perf_counter()
-    if side == "theirs":
-        from paligemma_nb.processing import PaliGemmaProcessor
-        model, processor, work = open_theirs(folder, dtype), PaliGemmaProcessor.from_pretrained(folder), their_moments
-    else: (model, processor), work = open_ours(folder, None, side), our_moments
-    ready = time.perf_counter()
-    last = work(model, make_inputs(processor), new_tokens)[-1]
-    print(json.dumps(dict(ready=ready - start, total=last - start, peak=peak_bytes() / 1e6)))
+    if side == "transformers":
+        processor = PaliGemmaProcessor.from_pretrained(folder)
+        model = open_theirs(folder, dtype)
+    else: model, processor = open_ours(folder, side, dtype)
+    ready, inputs = time.perf_counter(), make_inputs(processor)
+    if side == "transformers":
+        model.generate(**inputs, max_new_tokens=ANSWER, min_new_tokens=ANSWER, do_sample=False)
+    else: generate(model, inputs, max_new_tokens=ANSWER)
+    end = time.perf_counter()
+    print(json.dumps(dict(ready=ready - start, total=end - start, peak=peak_bytes() / 1e6)))
 
 
-def peak_bytes():
-    status = Path("/proc/self/status")  # on Linux getrusage would count what the parent held when it started this one
-    if status.exists(): return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def alone_rows(folders, dtype, repeats, new_tokens):
-    "Opening, opening with an answer, and memory of each way, in turns with theirs."
+def alone_rows(folders, dtype, pace, rounds):
+    "Opening, opening with an answer, and memory of every way, in turns with theirs."
+    sides, found = {"transformers": folders["as stored"]} | folders, {}
+    for _ in range(rounds):
+        for side, folder in sides.items():
+            pace.note()
+            flags = dict(folder=folder, dtype=dtype, threads=torch.get_num_threads())
+            found.setdefault(side, []).append(process(__file__, alone=side, **flags))
     rows = {}
-    for way, folder in folders.items():
-        pairs = [[process("--alone", side, "--folder", folders["as stored"] if side == "theirs" else folder,
-                          "--dtype", dtype, "--new_tokens", new_tokens) for side in (way, "theirs")]
-                 for _ in range(repeats)]
-        for key, what in (("ready", "open (s)"), ("total", f"open and write {new_tokens} tokens (s)"),
-                          ("peak", "peak memory (MB)")):
-            rows[way, what] = [[side[key] for side in pair] for pair in pairs]
+    for key, what in (("ready", "open (s)"), ("total", f"open and write {ANSWER} tokens (s)"),
+                      ("peak", "peak memory (MB)")):
+        for way in folders if found else ():
+            pairs = [(a[key], b[key]) for a, b in zip(found[way], found["transformers"])]
+            rows[way, what] = summary(pairs, memory=key == "peak")
     return rows
 
 
-def start_up_row(repeats):
-    "From the command to the end of a one-token answer of the shipped model; transformers has no such command."
-    command = [sys.executable, "-m", "paligemma_nb.inference", "--only_cpu", "--max_tokens_to_generate=1"]
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        subprocess.run(command, capture_output=True, check=True)
-        seconds.append(time.perf_counter() - start)
-    return median(seconds)
+def start_up(rounds):
+    "Seconds from the command to a one-token answer of the shipped model; theirs has none."
+    command = [sys.executable, "-m", "paligemma_nb.inference", "--only_cpu"]
+    command += ["--max_tokens_to_generate=1"]
+    run = partial(subprocess.run, command, capture_output=True, check=True)
+    return median(timed(run) for _ in range(rounds)) / 1e3
 
 
-# --- one size after the other
+# --- all of one size
 
-def small_rows(name, temporary, repeats):
-    import paligemma_nb
-    if name == "tiny": folder, dtype = Path(paligemma_nb.__file__).parent / "tiny", "float32"
-    else:
-        folder, dtype = Path(temporary) / name, "bfloat16"
-        write_middle(folder)
-    (model, processor), theirs = open_ours(folder, dtype), open_theirs(folder, dtype)
-    rows = generation_rows(model, theirs, processor, repeats)
-    peaks = [process("--alone", side, "--folder", folder, "--dtype", dtype)["peak"] for side in ("as stored", "theirs")]
-    rows["peak memory (MB)"] = [peaks]
-    if name == "tiny": rows |= training_row(folder, repeats)
-    return {("as stored", what): values for what, values in rows.items()}
-
-
-def full_rows(name, folder, temporary, repeats):
-    from paligemma_nb.checkpoint import load_model
-    from paligemma_nb.quantization import quantize, save_quantized
-    from paligemma_nb.speed import pack
-    if folder is None:
-        folder = Path(temporary) / name
-        write_full_size(name, folder)
-    theirs, rows, folders = open_theirs(folder, "bfloat16"), {}, dict.fromkeys(WAYS[:2], folder)
-    for way in WAYS:
-        model, processor = open_ours(folder)
+def measure(size, folder, temporary, pace, rounds, n, opening_rounds): # -> rows of the file
+    folder, dtype = find_model(size, folder or temporary)
+    folders = {way: folder for ways in SETS[size] for way in ways}
+    for way in folders:
         if way.startswith("int"):
-            folders[way] = Path(temporary) / way
-            save_quantized(quantize(model, way), processor, folders[way])
-        if way != "as stored": pack(model)
-        found = generation_rows(model, theirs, processor, repeats, new_tokens=9)
-        rows |= {(way, what): values for what, values in found.items()}
-        if way == "packed":
-            found = generation_rows(model, theirs, processor, 1, new_tokens=9, rows=8)
-            rows[way, "each further token of 8 rows (ms)"] = found["each further token (ms)"]
-        del model
+            folders[way] = write_small(folder, way, Path(temporary) / way)
+    os.sync()  # what was saved is on the disk before the first clock starts
+    theirs, rows = open_theirs(folder, dtype), {}
+    for ways in SETS[size]:
+        rows |= answer_rows(theirs, folders, ways, pace, rounds, n, dtype)
     del theirs
-    os.sync()  # what was saved is on the disk before the next clock starts
-    return rows | alone_rows(folders, "bfloat16", max(1, repeats // 2), new_tokens=64)
+    if size == "tiny": rows |= training_rows(folder, rounds)
+    rows |= alone_rows(folders, dtype, pace, opening_rounds)
+    return [dict(model=size, weights=way, what=what) | row
+            for (way, what), row in rows.items()]
+
+
+def table(rows):
+    head = ("model", "weights", "what", "ours: best, median", "transformers: best, median",
+            "ratio: of the best, of pairs", "middle 80 %", "verdict", "share of the bound")
+    lines = [f"| {' | '.join(head)} |", "|---|---|---" + "|--:" * 4 + "|---|--:|"]
+    for r in rows:
+        (ours, theirs), (low, high) = r["minima"], r["spread"]
+        cells = [r["model"], r["weights"], r["what"], f"{ours:,.1f}, {r['ours']:,.1f}",
+                 f"{theirs:,.1f}, {r['transformers']:,.1f}",
+                 f"{r['ratio_of_minima']:.2f}, {r['ratio']:.2f}", f"{low:.2f}–{high:.2f}",
+                 r["verdict"], ", ".join(f"{x:.0%}" for x in r.get("share_of_bound", ()))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def compare(
-    size: str = "small",       # tiny, middle, 3b, 3b2, or small: the first two
-    repeats: int = 9,          # rounds; medians are taken
+    size: str = "small",      # tiny, middle, 3b, 3b2, or small: the first two
+    rounds: int = 9,          # answers, after one that warms up
+    new_tokens: int = 7,      # of each answer: the first one, and further ones
+    opening_rounds: int = 2,  # in processes of their own, each with an answer
     threads: int = 2,
-    output_file: str = "",     # also write the figures here, as JSON
-    folder: str = "",          # of a full-size checkpoint that is there already
-    alone: str = "", dtype: str = "", new_tokens: int = 8,  # used by this script to start itself
+    results: str = "",        # write a file of this machine in here, as in bench/results
+    folder: str = "",         # where full-size weights stay for the next time
+    alone: str = "", dtype: str = "",  # used by this script to start itself
 ):
     torch.set_num_threads(threads)
-    if alone: return globals()["alone"](alone, folder, dtype, new_tokens)
-    if size not in (*SIZES, "small"): sys.exit(f"--size: expected small, {', '.join(SIZES)}, got {size}")
+    if alone: return globals()["alone"](alone, folder, dtype)
+    sizes = ["tiny", "middle"] if size == "small" else [size]
+    if not set(sizes) <= SETS.keys():
+        sys.exit(f"--size: expected small, {', '.join(SETS)}, got {size}")
+    if rounds < 1 or new_tokens < 2:
+        sys.exit("expected --rounds 1 or more, and --new_tokens 2 or more")
     import transformers
-    from paligemma_nb.training import machine
-    results = dict(machine=machine(), transformers=transformers.__version__, load=os.getloadavg(), repeats=repeats,
-                   rows=[])
-    for name in SIZES[:2] if size == "small" else [size]:
+    pace, rows = Pace(), []
+    pace.note()
+    for name in sizes:
         with tempfile.TemporaryDirectory() as temporary:
-            if name in SIZES[:2]: rows = small_rows(name, temporary, repeats)
-            else: rows = full_rows(name, folder or None, temporary, repeats)
-        results["rows"] += [dict(model=name, weights=way, what=what) | summary(rounds)
-                            for (way, what), rounds in rows.items()]
-    results["start-up of the shipped model (s)"] = start_up_row(repeats)
-    if output_file: Path(output_file).write_text(json.dumps(results, indent=2) + "\n")
-    print(f"{results['machine']}, transformers {results['transformers']}, load {results['load'][0]:.1f}; "
-          f"start-up of the shipped model {results['start-up of the shipped model (s)']:.1f} s\n")
-    print("| model | our weights | what | ours | transformers | ratio |\n|---|---|---|---|---|---|")
-    for r in results["rows"]:
-        numbers = f"{r['ours']:.1f} | {r['transformers']:.1f} | {r['ratio']:.2f}"
-        print(f"| {r['model']} | {r['weights']} | {r['what']} | {numbers} |")
+            rows += measure(name, folder, temporary, pace, rounds, new_tokens, opening_rounds)
+    pace.note()
+    found = dict(transformers=transformers.__version__, rounds=rounds, new_tokens=new_tokens,
+                 opening_rounds=opening_rounds, pace=pace.line(), pace_ms=pace.times)
+    if "tiny" in sizes: found["start-up of the shipped model (s)"] = start_up(rounds)
+    print(f"{machine_line()}, transformers {transformers.__version__}\n{pace.line()}\n")
+    print(table(rows))
+    if results: write_results(results, size, found | dict(rows=rows))
 
 
 if __name__ == "__main__":

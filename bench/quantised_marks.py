@@ -1,6 +1,8 @@
-"""What rounding costs the shipped model: its marks on held-out scenes, as stored, and in bfloat16 with small weights.
+"""What rounding costs the shipped model: its marks, as stored, and in bfloat16 with small weights.
 
-    python bench/quantised_marks.py --output_file bench/results/quantised_marks.json    # some minutes on two cores
+    python bench/quantised_marks.py --output_file bench/results/quantised_marks.json
+
+On held-out scenes; some minutes on two cores. It is about answers, not speed: one file for all machines.
 """
 import json
 from pathlib import Path
