@@ -8,8 +8,8 @@ of 9, 19 of 54. If the rest lies above 1, ours is "faster", below 1 "slower", an
 "cannot tell". Fewer than six pairs never can. What stays the same for a whole run, such as
 where the weights lie in memory, is in every pair, and no single run shows it.
 """
+import random
 import time
-from collections import deque
 from functools import partial
 from math import comb
 from statistics import median
@@ -47,18 +47,18 @@ def share_of_bound(times, reads, size):
     return [min(bounds) / min(times), median(b / t for b, t in zip(bounds, times))]
 
 
-def in_turns(theirs, inputs, n, others, shift=0):
+def in_turns(theirs, inputs, n, others, chance=random):
     """Transformers writes `n` tokens; after each, its loop lets every other one have its turn.
-    Returns milliseconds {name: [n]}. `shift`: how far the order is rotated at first."""
+    Returns milliseconds {name: [n]}. `chance` shuffles the others: whoever comes after one that
+    empties the caches is slower, so nobody may always follow the same one."""
     from transformers import StoppingCriteriaList
-    times, order = {name: [] for name in ("transformers", *others)}, deque(others)
-    order.rotate(shift)
+    times, order = {name: [] for name in ("transformers", *others)}, list(others)
 
     def turn(ids, scores, **kwargs):
         nonlocal start
         times["transformers"].append(1e3 * (time.perf_counter() - start))
+        chance.shuffle(order)
         for name in order: times[name].append(timed(others[name]))
-        order.rotate(1)  # so that nobody always follows the same one
         start = time.perf_counter()
         return torch.zeros(len(ids), dtype=torch.bool)
 
@@ -68,17 +68,17 @@ def in_turns(theirs, inputs, n, others, shift=0):
     return times
 
 
-def answers_in_turns(theirs, ours, inputs, pace, rounds, n): # ours {way: model}
+def answers_in_turns(theirs, ours, inputs, pace, rounds, n, warm_up=1): # ours {way: model}
     "Times {name: […]} of first tokens and of further ones: all ways, theirs and the pace."
     from paligemma_nb.generation import generate_tokens
-    names = ("transformers", *ours, *pace.works)
+    names, chance = ("transformers", *ours, *pace.works), random.Random(0)
     first, further = ({name: [] for name in names} for _ in range(2))
-    for i in range(rounds + 1):
-        length = n if i else 2  # the first round warms up
+    for i in range(-warm_up, rounds):
+        length = 2 if i < 0 else n
         answers = {way: partial(next, generate_tokens(model, inputs, max_new_tokens=length))
                    for way, model in ours.items()}
-        found = in_turns(theirs, inputs, length, answers | pace.works, shift=i)
-        for name in names if i else ():
+        found = in_turns(theirs, inputs, length, answers | pace.works, chance)
+        for name in names if i >= 0 else ():
             first[name] += found[name][:1]
             further[name] += found[name][1:]
     for name in pace.works: pace.times[name] += first[name] + further[name]

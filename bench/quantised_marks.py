@@ -1,8 +1,9 @@
-"""What rounding costs the shipped model: its marks, as stored, and in bfloat16 with small weights.
+"""What rounding costs the shipped model: marks as stored, and in bfloat16 with small weights.
 
     python bench/quantised_marks.py --output_file bench/results/quantised_marks.json
 
-On held-out scenes; some minutes on two cores. It is about answers, not speed: one file for all machines.
+On held-out scenes; some minutes on two cores. It is about answers, not speed: one file
+serves for all machines.
 """
 import json
 from pathlib import Path
