@@ -486,6 +486,9 @@ def test_ids_and_pictures_that_are_none(small):
     def given(features): return dict(pixel_values=None, image_features=features)
     def other(x): return ids.where(ids != ids[0, -1], x)
     assert torch.equal(ours(**inputs | given(features)).logits, right.logits)
+    rounded = given(features.bfloat16()), given(features.bfloat16().float())  # as under autocast
+    got, expected = (ours(**inputs | bad).logits for bad in rounded)
+    assert got.dtype == torch.float32 and torch.equal(got, expected)
     for bad, message in (
         (dict(image_features=features), "expected pixel_values or image_features, got both"),
         (dict(pixel_values=pictures.byte()), r"pixel_values in \[-1, 1\], got torch.uint8"),
