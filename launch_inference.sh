@@ -6,6 +6,8 @@
 set -euo pipefail
 
 MODEL_PATH="${MODEL_PATH:-}"                               # folder of a checkpoint or a hub name; default: shipped
+REVISION="${REVISION:-}"                                   # of a hub name: branch or commit
+PROCESSOR_PATH="${PROCESSOR_PATH:-}"                       # folder or hub name of a tokenizer
 PROMPT="${PROMPT:-}"                                       # "caption en", "detect red circle", "segment red circle", …
 IMAGE_FILE_PATH="${IMAGE_FILE_PATH:-}"                     # a picture, a folder or "*.png"; default: a sample scene
 OUTPUT_IMAGE="${OUTPUT_IMAGE:-}"                           # the picture with boxes and masks; default: see below
@@ -16,21 +18,25 @@ TEMPERATURE="${TEMPERATURE:-}"                             # used when sampling
 TOP_P="${TOP_P:-}"                                         # used when sampling
 DO_SAMPLE="${DO_SAMPLE:-}"                                 # True or False
 ONLY_CPU="${ONLY_CPU:-}"                                   # True or False
+DEVICE="${DEVICE:-}"                                       # cpu, cuda, cuda:0 or mps
 DTYPE="${DTYPE:-}"                                         # float32, bfloat16 or float16; default: as stored
 QUANTIZE="${QUANTIZE:-}"                                   # int8 or int4: smaller weights, in bfloat16 faster
+MASK_VAE="${MASK_VAE:-}"                                   # decoder of masks, as vae-oid.npz
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$root/.ci/setup.sh"
 set_up inference
 
 # Boxes and masks are for looking at: they are drawn in answer.png, those of several pictures in the folder answers.
-if [[ -z "$OUTPUT_IMAGE" && "$PROMPT" =~ ^(detect|segment)" " && "$*" != *image?file?path* ]]; then
+points='^[[:space:]]*(detect|segment)[[:space:]]'
+if [[ -z "$OUTPUT_IMAGE" && "$PROMPT" =~ $points && "$*" != *image?file?path* ]]; then
   if [[ -z "$IMAGE_FILE_PATH" || -f "$IMAGE_FILE_PATH" ]]; then OUTPUT_IMAGE=answer.png; else OUTPUT_IMAGE=answers; fi
 fi
 
 flags=()
-for name in MODEL_PATH PROMPT IMAGE_FILE_PATH OUTPUT_IMAGE OUTPUT_FORMAT BATCH_SIZE MAX_TOKENS_TO_GENERATE \
-            TEMPERATURE TOP_P DO_SAMPLE ONLY_CPU DTYPE QUANTIZE; do
+for name in MODEL_PATH REVISION PROCESSOR_PATH PROMPT IMAGE_FILE_PATH OUTPUT_IMAGE \
+            OUTPUT_FORMAT BATCH_SIZE MAX_TOKENS_TO_GENERATE TEMPERATURE TOP_P DO_SAMPLE \
+            ONLY_CPU DEVICE DTYPE QUANTIZE MASK_VAE; do
   if [ -n "${!name}" ]; then flags+=("--$(echo "$name" | tr '[:upper:]' '[:lower:]')=${!name}"); fi
 done
 exec python -m paligemma_nb.inference ${flags[@]+"${flags[@]}"} "$@"

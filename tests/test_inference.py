@@ -1,5 +1,6 @@
 "The command: what it answers and draws, and one clear line with exit code 2 for everything that is wrong with its input."
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 from pathlib import Path
 
@@ -24,8 +26,8 @@ from paligemma_nb.detection import Detection, box_iou, draw_detections, format_d
 from paligemma_nb.gemma import GemmaConfig
 from paligemma_nb.generation import answer_probs, generate
 from paligemma_nb.inference import (
-    FLAGS, SAMPLE, answer_batch, as_json, as_table, as_words, find_pictures, main, parse_flags, prepare,
-    print_stream, read_objects, save_drawing)
+    FLAGS, SAMPLE, answer_batch, as_json, as_prompt, as_table, as_words, find_pictures, main,
+    parse_flags, prepare, print_stream, read_objects, save_drawing)
 from paligemma_nb.paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma_nb.processing import PaliGemmaProcessor, open_image, train_tokenizer
 from paligemma_nb.scenes import HELD_OUT, make_scene
@@ -34,6 +36,8 @@ from paligemma_nb.siglip import SiglipVisionConfig
 
 SCENE = make_scene(HELD_OUT + 2738)  # what SAMPLE shows
 CIRCLE = SCENE.things()["red circle"][0]
+OPENED = "device: cpu, weights: float32\n"  # what comes before the answers
+CUT_OFF = "… cut off: raise --max_tokens_to_generate"
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +102,8 @@ def test_answer_is_generate(command, source, tmp_path):
                              "--max_tokens_to_generate=7", "--only_cpu")
     model, processor = load_model(source, device="cpu")
     ids = generate(model, processor(Image.open(picture), "caption en"), max_new_tokens=7)
-    assert (code, err) == (0, "") and out == f"device: cpu, weights: float32\n{processor.decode(ids)[0]}\n"
+    words = f"{processor.decode(ids)[0]}\n{CUT_OFF}\n"  # this model knows no end
+    assert (code, err, out) == (0, "", OPENED + words)
 
 
 def test_sampling(command, source):
@@ -110,7 +115,8 @@ def test_sampling(command, source):
 def test_as_a_process(source):
     "One run of the real thing, on a terminal that knows ASCII alone."
     done = process("--model_path", source, "--only_cpu", "--do_sample", "--top_p=1", env={"PYTHONIOENCODING": "ascii"}, cwd=source)
-    assert (done.returncode, done.stderr) == (0, b"") and done.stdout.startswith(b"device: cpu, weights: float32\n")
+    assert done.returncode == 0 and done.stdout.startswith(OPENED.encode())
+    assert all(line.startswith(b"note: ") for line in done.stderr.splitlines())  # of codes
     done = process("--model_path", source.parent)
     assert (done.returncode, done.stdout) == (2, b"") and done.stderr.count(b"\n") == 1 and b"config.json" in done.stderr
 
@@ -124,12 +130,31 @@ def test_nobody_reads(source):
     os.close(writer)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+@pytest.mark.parametrize("flag", ["--help", "--only_cpu", "--output_format=json"])
+def test_a_full_disk_is_one_line(flag):
+    with open("/dev/full", "wb") as full: done = process(flag, stdout=full)
+    *notices, error = done.stderr.decode().splitlines()
+    assert error == "error: cannot write to stdout: No space left on device"
+    assert done.returncode == 2 and len(notices) == ("json" in flag)
+
+
+def test_closed_outputs():
+    "Without stdout there is no answer; without stderr no complaint gets among the answers."
+    done = process("--only_cpu", stdout=None, preexec_fn=lambda: os.close(1))
+    assert done.returncode == 2
+    assert done.stderr == b"error: cannot write to stdout: it is closed\n"
+    flags = "--only_cpu", "--output_format=json", "--image_file_path", SAMPLE, "none.png"
+    done = process(*flags, preexec_fn=lambda: os.close(2))
+    assert done.returncode == 1 and json.loads(done.stdout)["answer"] == SCENE.caption
+
+
 def test_interrupt_is_quiet(command, monkeypatch):
     def pressed(*args, **kwargs): raise KeyboardInterrupt
     def late(*args, **kwargs):
         yield "a "
         pressed()
-    monkeypatch.setattr(generation, "stream", late)
+    monkeypatch.setattr(generation, "_pieces", late)
     assert command("--only_cpu") == (130, "device: cpu, weights: float32\na ", "")
     monkeypatch.setattr(inference, "prepare", pressed)
     assert command() == (130, "", "")
@@ -195,8 +220,8 @@ def test_perfect_segment_answer(size):
     answer = format_detections(truth, size)
     objects = read_objects(answer, size)
     record = json.loads(as_json("a picture.png", "segment things", answer, objects))
-    assert {k: record[k] for k in ("image", "prompt", "answer")} == dict(
-        image="a picture.png", prompt="segment things", answer=answer)
+    assert {k: record[k] for k in ("image", "prompt", "answer", "cut_off")} == dict(
+        image="a picture.png", prompt="segment things", answer=answer, cut_off=False)
     assert [o["label"] for o in record["objects"]] == [o.name for o in SCENE.objects]
     for found, d in zip(record["objects"], truth):
         assert found.keys() == {"label", "box", "score", "mask"} and found["score"] is None
@@ -239,9 +264,9 @@ def test_words(prompt, answer, says): assert as_words(prompt, answer, read_objec
 
 @given(st.lists(st.sampled_from(["a", " ", "<", "<loc0001>", "loc0001>", "字", ""])))
 def test_stream_shows_all_before_the_first_loc(pieces):
-    with contextlib.redirect_stdout(io.StringIO()) as screen: answer = print_stream(iter(pieces))
-    words = answer.partition("<loc")[0]  # a "<" at the end may be the beginning of one
-    assert answer == "".join(pieces) and screen.getvalue() in (words, words.removesuffix("<"))
+    with contextlib.redirect_stdout(io.StringIO()) as screen: print_stream(iter(pieces))
+    words = "".join(pieces).partition("<loc")[0]  # a "<" at the end may begin one
+    assert screen.getvalue() in (words, words.removesuffix("<"))
 
 
 @pytest.mark.parametrize("answer, shows", [
@@ -256,7 +281,7 @@ def test_stream_shows_all_before_the_first_loc(pieces):
     ("", "\n"),
 ])
 def test_objects_in_a_streamed_answer(command, monkeypatch, answer, shows):
-    monkeypatch.setattr(generation, "stream", lambda *args, **kwargs: iter(answer))
+    answers(monkeypatch, answer)
     assert command("--only_cpu") == (0, "device: cpu, weights: float32\n" + shows, "")
 
 
@@ -264,13 +289,15 @@ def test_nothing_found(command):
     assert command("--only_cpu", "--prompt=detect pink ring") == (0, "device: cpu, weights: float32\nnothing found\n", "")
     code, out, err = command("--only_cpu", "--prompt=detect pink ring", "--output_format=json")
     assert (code, err) == (0, "device: cpu, weights: float32\n") and json.loads(out) == dict(
-        image=str(SAMPLE), prompt="detect pink ring", answer="", objects=[])
+        image=str(SAMPLE), prompt="detect pink ring", answer="", cut_off=False, objects=[])
 
 
 def test_json_of_a_caption(command):
     code, out, err = command("--only_cpu", "--output_format", "json", "--prompt=caption en")
     assert (code, err, out.count("\n")) == (0, "device: cpu, weights: float32\n", 1)
-    assert json.loads(out) == dict(image=str(SAMPLE), prompt="caption en", answer=SCENE.caption, objects=[])
+    assert json.loads(out) == dict(
+        image=str(SAMPLE), prompt="caption en",
+        answer=SCENE.caption, cut_off=False, objects=[])
 
 
 def test_scores_when_sampling(command):
@@ -291,9 +318,10 @@ def test_scores_of_a_batch_are_those_of_each():
     job = prepare(parse_flags(["--only_cpu", "--prompt=detect red circle", "--do_sample", "--temperature=0"]))
     images = [SCENE.image, make_scene(HELD_OUT + 1).image, SCENE.image.rotate(180)]
     together = answer_batch(job, images)
-    assert len({answer for answer, _ in together}) > 1
-    for image, (answer, token_probs) in zip(images, together):
-        [(same, probs)] = answer_batch(job, [image])
+    assert len({answer for answer, *_ in together}) > 1
+    for image, (answer, cut_off, token_probs) in zip(images, together):
+        [(same, _, probs)] = answer_batch(job, [image])
+        assert not cut_off
         assert same == answer and [d.score for d in read_objects(answer, image.size, token_probs)] == pytest.approx(
             [d.score for d in read_objects(answer, image.size, probs)], rel=1e-4)
 
@@ -338,9 +366,332 @@ def test_codes_are_decoded_by_the_models_own_decoder(command, folder):
     assert np.array_equal(plain.mask, turned.mask) and plain.mask.any()
 
 
-def test_broken_decoder(fails, folder):
+def perfect_answer(*things): # the true boxes and codes of the sample's objects
+    found = [SCENE.things()[thing][0] for thing in things]
+    found = [Detection(o.name, o.box, encode_mask(o.mask, o.box)) for o in found]
+    return format_detections(found, SCENE.image.size)
+
+
+def answers(monkeypatch, answer, whole=True):
+    "The command's model writes these words; in a stream each letter is a piece of its own."
+    def decode(self, ids, *_): return [answer] * len(ids)
+    def is_finished(ids, config): return torch.full((len(ids),), whole)
+    def pieces(processor, steps): return list(steps) and iter(answer)
+    monkeypatch.setattr(generation, "_pieces", pieces)
+    monkeypatch.setattr(PaliGemmaProcessor, "decode", decode)
+    monkeypatch.setattr(generation, "is_finished", is_finished)
+
+
+def test_broken_decoders(command, folder, monkeypatch):
+    "A named one is opened before anything is answered, the model's own for the first codes."
     (folder/"vae-oid.npz").write_bytes(b"no archive")
-    fails("--model_path", folder, "--only_cpu", says="vae-oid.npz")
+    pictures = "--image_file_path", SAMPLE, SAMPLE, "--batch_size=1"
+    flags = "--model_path", folder, "--only_cpu", *pictures
+    for name, says in (("vae-oid.npz", "is broken"), ("none.npz", "no file")):
+        code, out, err = command(*flags, "--mask_vae", folder/name)
+        assert (code, out, err.count("\n")) == (2, "", 1) and says in err and name in err
+    answers(monkeypatch, perfect_answer("red circle"))
+    code, out, err = command(*flags)
+    assert (code, out, err.count("\n")) == (2, OPENED, 1) and "vae-oid.npz is broken" in err
+    answers(monkeypatch, "a caption needs no decoder")
+    assert command(*flags)[0] == 0
+
+
+def test_a_decoder_can_be_named(command, tmp_path, monkeypatch):
+    tensors = {name: x.numpy() for name, x in load_mask_vae().state_dict().items()}
+    [book] = [name for name, x in tensors.items() if x.shape == (128, 512)]
+    np.savez(tmp_path/"turned.npz", **tensors | {book: tensors[book][::-1]})
+    answer = perfect_answer("red circle")
+    turned = re.sub(r"<seg(\d+)>", lambda found: f"<seg{127 - int(found[1]):03}>", answer)
+    masks = {}
+    for text in (answer, turned):
+        answers(monkeypatch, text)
+        for flags in ((), ("--mask_vae", tmp_path/"turned.npz")):
+            out = command("--only_cpu", "--output_format=json", *flags)[1]
+            masks[text, flags != ()] = json.loads(out)["objects"][0]["mask"]
+    assert masks[answer, False] == masks[turned, True] != masks[turned, False]
+    assert iou(mask_of(masks[turned, True]), CIRCLE.mask) > .9
+
+
+def test_a_doubt_about_the_decoder_is_said_once(command, monkeypatch, tmp_path):
+    "And only where there are codes, and nobody has named a decoder."
+    def doubts(folder, config): return None, "whose codes\nare these?"
+    monkeypatch.setattr("paligemma_nb.segmentation.find_mask_vae", doubts)
+    flags = "--only_cpu", "--image_file_path", SAMPLE, SAMPLE, SAMPLE, "--batch_size=2"
+    answers(monkeypatch, "<loc0000><loc0000><loc1023><loc1023> a box without codes")
+    assert command(*flags)[2] == ""
+    answers(monkeypatch, perfect_answer("red circle"))
+    code, out, err = command(*flags)
+    assert (code, err) == (0, "note: whose codes are these?\n")
+    assert out.count("red circle") == 3
+    save_file(load_mask_vae().state_dict(), tmp_path/"named.safetensors")
+    assert command(*flags, "--mask_vae", tmp_path/"named.safetensors")[2] == ""
+
+
+def test_where_the_model_and_its_parts_come_from(command, monkeypatch, folder):
+    asked = {}
+    def opens(model_path, **parts):
+        asked.update(parts, model_path=model_path)
+        return load_model(device="cpu")
+    def finds(folder, config):
+        asked["decoder_of"] = folder
+        return None, None
+    monkeypatch.setattr("paligemma_nb.speed.open_model", opens)
+    monkeypatch.setattr("paligemma_nb.segmentation.find_mask_vae", finds)
+    answers(monkeypatch, perfect_answer("red circle"))
+    flags = "--processor_path=some", "--only_cpu", "--quantize=int8", "--dtype=float32"
+    assert command("--model_path", folder, *flags)[0] == 0
+    assert asked == dict(model_path=str(folder), revision=None, processor_path="some",
+                         device="cpu", weights="int8", dtype="float32", decoder_of=folder)
+    monkeypatch.setattr("paligemma_nb.hub.find_folder", lambda *args, **parts: (args, parts))
+    assert command("--model_path=some/name", "--revision=bfloat16")[0] == 0
+    assert (asked["revision"], asked["device"]) == ("bfloat16", None)
+    assert asked["decoder_of"][0] == ("some/name", "bfloat16")
+
+
+# --- answers that are not whole, and models that give none
+
+TWO = "red circle", "blue star"
+BOX = "<loc0100>" * 4
+
+
+@pytest.mark.parametrize("answer, whole", [
+    (perfect_answer(*TWO)[:-5], 1),              # half of the second's name
+    (perfect_answer(*TWO), 1),                   # is a name at the end whole? Nobody knows
+    (perfect_answer(*TWO) + " ;", 2),
+    (perfect_answer(*TWO) + " ; " + BOX[:18], 2),
+    (perfect_answer("red circle") + " ; " + BOX, 1),
+    (perfect_answer("red circle") + " ; " + BOX + "<seg001>" * 7, 1),
+    (perfect_answer("red circle"), 0),
+    (BOX[:18], 0),
+])
+def test_what_a_cut_left_unfinished(command, monkeypatch, tmp_path, answer, whole):
+    "It is no object, in the table, in JSON and on the picture."
+    answers(monkeypatch, answer, whole=False)
+    flags = "--only_cpu", "--prompt=segment things", "--output_image", tmp_path/"drawn.png"
+    code, out, err = command(*flags)
+    _, *table, cut, _ = out.splitlines()
+    assert (code, err, cut) == (0, "", CUT_OFF)
+    if whole: assert [row[0] for row in rows("\n".join(table))] == ["label", *TWO[:whole]]
+    else: assert table == [answer]
+    objects = read_objects(perfect_answer(*TWO[:whole]), SCENE.image.size)
+    drawn = np.asarray(draw_detections(SCENE.image, objects))
+    assert np.array_equal(pixels(tmp_path/"drawn.png"), drawn)
+    code, out, err = command(*flags, "--output_format=json")
+    record = json.loads(out)
+    assert record["cut_off"] is True and record["answer"] == answer
+    assert [d["label"] for d in record["objects"] if d["mask"]] == list(TWO[:whole])
+    assert err == OPENED + f"note: {SAMPLE}: the answer is {CUT_OFF[2:]}\n"
+
+
+def test_scores_of_a_cut_answer(command):
+    "The probabilities belong to the whole text, of which the last object is left out."
+    greedy = "--only_cpu", "--do_sample", "--temperature=0"
+    flags = *greedy, "--prompt=detect red circle ; blue star"
+    _, *whole = command(*flags)[1].splitlines()
+    _, *cut = command(*flags, "--max_tokens_to_generate=12")[1].splitlines()
+    assert len(whole) == 3 and rows("\n".join(whole))[1] == rows("\n".join(cut))[1]
+    assert len(cut) == 3 and cut[2] == CUT_OFF
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_a_cut_caption_says_so(command, pictures):
+    "Streamed, and among several. With one token more it comes to its end."
+    tokens = len(load_model(device="cpu")[1].encode(SCENE.caption))
+    flags = "--only_cpu", "--image_file_path", *[SAMPLE] * pictures
+    name = f"{SAMPLE}:\n" * (pictures > 1)
+    assert command(*flags, f"--max_tokens_to_generate={tokens}") == (
+        0, OPENED + f"{name}{SCENE.caption}\n{CUT_OFF}\n" * pictures, "")
+    assert command(*flags, f"--max_tokens_to_generate={tokens + 1}") == command(*flags)
+    assert CUT_OFF not in command(*flags)[1]
+    out = command(*flags, "--output_format=json", f"--max_tokens_to_generate={tokens}")[1]
+    assert [json.loads(line)["cut_off"] for line in out.splitlines()] == [True] * pictures
+
+
+@pytest.fixture
+def broken(folder): # infinity in its last norm
+    tensors = load_file(folder/"model.safetensors")
+    tensors["language_model.model.norm.weight"] *= float("inf")
+    save_file(tensors, folder/"model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("flags", [
+    [], ["--do_sample"], ["--prompt=detect x"], ["--prompt=detect x", "--do_sample"],
+    ["--output_format=json"], ["--image_file_path", SAMPLE, SAMPLE, SAMPLE, "--batch_size=1"],
+], ids=lambda flags: "-".join(map(str, flags[:2])))
+def test_logits_that_are_no_numbers(command, broken, tmp_path, flags):
+    if len(flags) < 3: flags = [*flags, "--output_image", tmp_path/"drawn.png"]
+    code, out, err = command("--model_path", broken, "--only_cpu", *flags)
+    *notices, error = err.splitlines()
+    assert code == 2 and error.startswith("error: ") and "not finite" in error
+    assert [out.strip(), *notices].count(OPENED.strip()) == 1 and len(out) <= len(OPENED) + 1
+    assert not (tmp_path/"drawn.png").exists()
+
+
+def test_a_model_that_breaks_on_the_way(command, monkeypatch):
+    "What was streamed ends its line; of several pictures, those that were answered count."
+    def breaks(processor, steps):
+        yield from ("a ", "blue")
+        raise ValueError("logits are not finite")
+    said = "error: logits are not finite\n"
+    with monkeypatch.context() as m:
+        m.setattr(generation, "_pieces", breaks)
+        assert command("--only_cpu") == (2, OPENED + "a blue\n", said)
+    calls, generate_tokens = [], generation.generate_tokens
+    def third(*args, **kwargs):  # the first call is the check of the prompt
+        calls.append(args)
+        if len(calls) == 3: raise ValueError("logits are not finite")
+        return generate_tokens(*args, **kwargs)
+    monkeypatch.setattr(generation, "generate_tokens", third)
+    pictures = "--image_file_path", SAMPLE, SAMPLE, SAMPLE, "--batch_size=1"
+    first = f"{OPENED}{SAMPLE}: {SCENE.caption}\n"
+    assert command("--only_cpu", *pictures) == (1, first, said) and len(calls) == 3
+
+
+# --- prompts as people type them
+
+@pytest.mark.parametrize("typed, asked", [
+    ("detect red circle\n", "detect red circle"),
+    (" \t detect red circle \r\n\n", "detect red circle"),
+    ("detect\nred circle", "detect red circle"),
+    ("detect \r\n \n red circle", "detect red circle"),
+    ("detect  red circle", "detect  red circle"),  # inside a line nothing changes
+    ("<image>detect red circle", "<image>detect red circle"),
+    ("<image> detect red circle", "<image>detect red circle"),
+    ("<image><bos>detect red circle\n", "<image>detect red circle"),
+    ("<image>\n<bos> detect red circle", "<image>detect red circle"),
+    ("what is <image> this", "what is<image>this"),
+])
+def test_prompts_as_people_type_them(typed, asked): assert as_prompt(typed) == asked
+
+
+@pytest.mark.parametrize("typed", ["{}\n", "\n{}", " {} ", "<image> {}", "<image><bos>{}\n"])
+def test_blanks_and_line_ends_change_no_answer(command, typed):
+    plain = "detect red circle"
+    typed = "--only_cpu", "--prompt", typed.format(plain)
+    code, out, err = command("--only_cpu", "--prompt", plain)
+    assert command(*typed) == (code, out, err) and "\nred circle" in out
+    record = json.loads(command(*typed, "--output_format=json")[1])
+    assert record["prompt"].removeprefix("<image>") == plain
+
+
+# --- notes
+
+def test_warnings_are_notes_of_one_line(command, monkeypatch):
+    from paligemma_nb import speed
+    open_model = speed.open_model
+    def opens(*args, **kwargs):
+        warnings.warn("bfloat16 is slow here:\n  float32 would be faster")
+        return open_model(*args, **kwargs)
+    monkeypatch.setattr(speed, "open_model", opens)
+    note = "note: bfloat16 is slow here: float32 would be faster\n"
+    for _ in range(2): assert command("--only_cpu") == (0, OPENED + SCENE.caption + "\n", note)
+
+
+def test_sampling_flags_without_sampling(command):
+    code, out, err = command("--only_cpu", "--temperature=0.5", "--top_p=0.5")
+    assert (code, out) == (0, OPENED + SCENE.caption + "\n")
+    assert err == "note: without --do_sample no use is made of --temperature and --top_p\n"
+    for flags in (["--temperature=0", "--do_sample"], ["--do_sample=False"]):
+        assert command("--only_cpu", *flags)[2] == ""
+
+
+@pytest.mark.parametrize("name", ["moves.gif", "moves.png", "moves.webp", "pages.tiff"])
+def test_of_several_frames_the_first_is_answered(command, tmp_path, name):
+    others = [make_scene(HELD_OUT + i).image for i in (1, 2)]
+    SCENE.image.save(tmp_path/name, save_all=True, append_images=others)
+    flags = "--only_cpu", "--prompt=detect red circle", "--image_file_path", tmp_path/name
+    code, out, err = command(*flags)
+    assert code == 0 and "red circle" in out
+    assert err == f"note: {tmp_path/name} holds several frames: the first is answered\n"
+    SCENE.image.save(tmp_path/name)
+    assert command(*flags)[2] == ""
+
+
+def test_the_previews_of_a_camera_are_no_frames(command, tmp_path):
+    preview = SCENE.image.resize((28, 28))
+    SCENE.image.save(tmp_path/"a.mpo", save_all=True, append_images=[preview])
+    assert command("--only_cpu", "--image_file_path", tmp_path/"a.mpo")[2] == ""
+
+
+# --- the original road: a folder as `git clone` of the hub leaves it, and the script
+
+@pytest.fixture
+def launch(tmp_path):
+    "The script itself, in an environment that looks set up: its Python is this one."
+    root, env = Path(inference.__file__).parents[1], tmp_path/"env"
+    (env/"bin").mkdir(parents=True)
+    (env/"bin"/"python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (env/"bin"/"python").chmod(0o755)
+    env = os.environ | dict(VIRTUAL_ENV=str(env), PYTHONPATH=str(root), HF_HUB_OFFLINE="1")
+    stamp = f"root='{root}'; . '{root}/.ci/setup.sh'; install() {{ :; }}; set_up inference"
+    subprocess.run(["bash", "-c", stamp], env=env, check=True, capture_output=True)
+    def launch(*flags, **variables):
+        script = ["bash", root/"launch_inference.sh", *map(str, flags)]
+        given = env | {name: str(value) for name, value in variables.items()}
+        return subprocess.run(script, env=given, capture_output=True, text=True, cwd=tmp_path)
+    return launch
+
+
+@pytest.fixture
+def cloned(tmp_path):
+    "The shipped model in the files of a published one: shards, and what lies beside them."
+    folder = tmp_path/"paligemma-3b-mix-224"
+    save_model(*load_model(device="cpu"), folder, max_shard_size=6_000_000)
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1
+    (folder/".git").mkdir()
+    (folder/".git"/"HEAD").write_text("ref: refs/heads/main\n")
+    (folder/".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
+    (folder/"README.md").write_text("---\nlibrary_name: transformers\n---\n# Model card\n")
+    (folder/"generation_config.json").write_text('{"bos_token_id": 2, "eos_token_id": 1}\n')
+    (folder/"special_tokens_map.json").write_text('{"bos_token": "<bos>"}\n')
+    (folder/"added_tokens.json").write_text('{"<image>": 257152}\n')
+    (folder/"tokenizer.model").write_bytes(b"\n\x0e\n\x05<pad>")
+    return folder
+
+
+def as_pointer(path): # what git leaves of a large file where git-lfs is not installed
+    head = "version https://git-lfs.github.com/spec/v1"
+    digest = hashlib.sha256(path.read_bytes())
+    path.write_text(f"{head}\noid sha256:{digest.hexdigest()}\nsize {path.stat().st_size}\n")
+
+
+def test_the_original_road(launch, cloned):
+    "MODEL_PATH=… ./launch_inference.sh"
+    done = launch(MODEL_PATH=cloned)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", f"{OPENED}{SCENE.caption}\n")
+
+
+@pytest.mark.parametrize("pattern", ["model-*.safetensors", "model-00002*", "tokenizer.json"])
+def test_the_original_road_with_pointer_files(launch, cloned, pattern):
+    for path in cloned.glob(pattern): as_pointer(path)
+    done = launch(MODEL_PATH=cloned, PROMPT="detect red circle")
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and pattern.partition("*")[0] in done.stderr
+
+
+def test_the_script_draws_what_is_pointed_at(launch, tmp_path):
+    "In answer.png; a blank that was typed too much changes nothing."
+    for prompt in ("segment red circle", " segment red circle\n"):
+        done = launch(PROMPT=prompt)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.endswith("\nwritten: answer.png\n")
+        with Image.open(tmp_path/"answer.png") as drawn: assert drawn.size == SCENE.image.size
+        (tmp_path/"answer.png").unlink()
+
+
+def test_the_script_knows_every_flag():
+    text = (Path(inference.__file__).parents[1]/"launch_inference.sh").read_text()
+    set_above = re.findall(r'^([A-Z_]+)="\$\{\1:-\}"', text, re.M)
+    passed_on = re.search(r"for name in ([A-Z_ \\\n]+);", text)[1].replace("\\", "").split()
+    assert sorted(set_above) == sorted(passed_on) == sorted(name.upper() for name in FLAGS)
+
+
+def test_a_flag_and_its_variable_are_given_twice(launch):
+    done = launch("--prompt=detect red circle", PROMPT="caption en")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --prompt is given twice\n"
 
 
 # --- where the drawing goes
@@ -505,8 +856,9 @@ def test_help_names_every_flag_and_waits_for_nothing():
 
 def test_defaults():
     assert parse_flags([]) == dict(
-        model_path=None, prompt="caption en", image_file_path=[str(SAMPLE)], max_tokens_to_generate=100, temperature=.8,
-        top_p=.9, do_sample=False, only_cpu=False, device=None, dtype=None, quantize=None,
+        model_path=None, revision=None, processor_path=None, prompt="caption en",
+        image_file_path=[str(SAMPLE)], max_tokens_to_generate=100, temperature=.8, top_p=.9,
+        do_sample=False, only_cpu=False, device=None, dtype=None, quantize=None, mask_vae=None,
         output_image=None, output_format="text", batch_size=8)
 
 
@@ -516,7 +868,9 @@ def test_defaults():
     (["--prompt=--x y"], "prompt", "--x y"),
     (["--prompt", "détecte 字 ✨"], "prompt", "détecte 字 ✨"),
     (["--prompt", "a=b"], "prompt", "a=b"),
-    (["--prompt=a", "--prompt=b"], "prompt", "b"),
+    (["--prompt", "--"], "prompt", "--"),
+    (["--prompt", "-5 apples"], "prompt", "-5 apples"),
+    (["-prompt", "x"], "prompt", "x"),
     (["--max-tokens-to-generate", "5"], "max_tokens_to_generate", 5),
     (["--top_p", "1"], "top_p", 1.0),
     (["--temperature", "1e-2"], "temperature", .01),
@@ -525,7 +879,9 @@ def test_defaults():
     (["--do_sample", "False"], "do_sample", False),
     (["--do_sample=true"], "do_sample", True),
     (["--do_sample", "0"], "do_sample", False),
-    (["--nodo_sample"], "do_sample", False),
+    (["--revision", "bfloat16"], "revision", "bfloat16"),
+    (["--processor-path=google/some"], "processor_path", "google/some"),
+    (["--mask_vae", "vae-oid.npz"], "mask_vae", "vae-oid.npz"),
     (["--only_cpu", "--device", "cpu"], "device", "cpu"),
     (["--output_format=json"], "output_format", "json"),
     (["--batch-size", "2"], "batch_size", 2),
@@ -535,11 +891,11 @@ def test_defaults():
     (["--image_file_path", "7", "[7]", "a=b.png"], "image_file_path", ["7", "[7]", "a=b.png"]),
     (["--image-file-path", "a.png", "b.png", "--prompt", "x"], "image_file_path", ["a.png", "b.png"]),
     (["--do_sample", "--image_file_path", "a.png", "b.png", "c.png"], "image_file_path", ["a.png", "b.png", "c.png"]),
-    (["--image_file_path", "a.png", "b.png", "--image_file_path", "c.png"], "image_file_path", ["c.png"]),
-    (["--image_file_path=a.png", "--image_file_path", "b.png", "c.png"], "image_file_path", ["b.png", "c.png"]),
 ])
 def test_flags(argv, name, value):
-    values = parse_flags(argv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of --top_p without --do_sample
+        values = parse_flags(argv)
     assert values[name] == value and values.keys() == FLAGS.keys()
     untouched = [n for n in FLAGS if n not in " ".join(argv).replace("-", "_")]
     assert untouched and all(values[n] == FLAGS[n][1] for n in untouched)
@@ -550,26 +906,46 @@ def test_flags(argv, name, value):
     (["--Prompt", "x"], ["unknown flag --Prompt", "--prompt"]),
     (["--prompts=x"], ["unknown flag --prompts"]),
     (["--no_sample"], ["unknown flag"]),
+    (["--nodo_sample"], ["unknown flag --nodo_sample"]),
+    (["--no-only-cpu=True"], ["unknown flag --no-only-cpu"]),
+    (["--p=x"], ["unknown flag --p:"]),
+    (["--image_file", "a.png"], ["unknown flag --image_file:"]),
+    (["--prompt=a", "--prompt=b"], ["--prompt is given twice"]),
+    (["--prompt", "a", "--prompt=a"], ["--prompt is given twice"]),
+    (["--top-p", "1", "--top_p", "1", "--do_sample"], ["--top_p is given twice"]),
+    (["-top_p=1", "--top_p=1"], ["--top_p is given twice"]),
+    (["--do_sample", "--do_sample=False"], ["--do_sample is given twice"]),
+    (["--image_file_path", "a.png", "--image_file_path", "b.png"],
+     ["--image_file_path is given twice: list all pictures behind one"]),
+    (["--image_file_path=a.png", "--image-file-path", "b.png"],
+     ["--image_file_path is given twice: list all pictures behind one"]),
     (["-x"], ["unknown flag", "x"]),
     (["-p", "detect"], ["unknown flag", "--prompt"]),
     (["detect red circle"], ["unexpected argument 'detect red circle'"]),
     (["--prompt", "detect", "red circle"], ["unexpected argument 'red circle'"]),
     (["--", "--interactive"], ["unexpected argument '--'"]),
     (["--prompt", "x", "-", "y"], ["unexpected argument '-'"]),
+    (["--do_sample", "True", "False"], ["unexpected argument 'False'"]),
+    (["--do_sample", "a.png"], ["--do_sample: expected True or False, got 'a.png'"]),
+    (["--prompt", "-x"], ["unknown flag -x"]),
+    (["–prompt", "x"], ["unexpected argument '–prompt'"]),  # a dash that a word processor made
     (["--prompt"], ["--prompt needs a value"]),
     (["--model_path", "--do_sample"], ["--model_path needs a value"]),
-    (["--noprompt"], ["--noprompt needs a value"]),
-    (["--prompt", ""], ["--prompt: expected some text, got nothing"]),
+    (["--prompt", ""], ["--prompt: expected some text in UTF-8, got ''"]),
     (["--prompt= \n"], ["--prompt: expected some text"]),
-    (["--prompt", "\udcff"], ["--prompt: expected valid UTF-8"]),
+    (["--prompt", "<image>"], ["--prompt: expected some text"]),
+    (["--prompt", "<image><bos>\n"], ["--prompt: expected some text"]),
+    (["--prompt", "\udcff"], ["--prompt: expected some text in UTF-8, got '\\udcff'"]),
+    (["--revision="], ["--revision: expected some text"]),
     (["--image_file_path="], ["--image_file_path: expected some text"]),
     (["--image_file_path", "a.png", ""], ["--image_file_path: expected some text"]),
     (["--image_file_path"], ["--image_file_path needs a value"]),
     (["--image_file_path=a.png", "b.png"], ["unexpected argument 'b.png'"]),
+    (["--image_file_path", "--prompt", "x", "a.png"], ["unexpected argument 'a.png'"]),
     (["--image_file_path", "a.png", "--prompt", "x", "b.png"], ["unexpected argument 'b.png'"]),
     (["--output_format=xml"], ["--output_format: expected text or json, got 'xml'"]),
     (["--quantize=int2"], ["--quantize: expected int8 or int4, got 'int2'"]),
-    (["--dtype=int8"], ["--dtype: expected float32, bfloat16 or float16, got 'int8'"]),
+    (["--dtype=int8"], ["--dtype: expected float32 or bfloat16 or float16, got 'int8'"]),
     (["--output_image="], ["--output_image: expected some text"]),
     (["--output_image"], ["--output_image needs a value"]),
     (["--batch_size=0"], ["--batch_size: expected a whole number of at least 1, got '0'"]),
@@ -578,10 +954,11 @@ def test_flags(argv, name, value):
     (["--top_p", "-0.5"], ["--top_p", "'-0.5'"]),
     (["--top_p=1.5"], ["--top_p", "'1.5'"]),
     (["--top_p=nan"], ["--top_p", "'nan'"]),
-    (["--top_p=much"], ["--top_p: expected a number, got 'much'"]),
+    (["--top_p=much"], ["--top_p: expected more than 0 and at most 1, got 'much'"]),
     (["--temperature=-1"], ["--temperature: expected 0 or more, got '-1'"]),
     (["--temperature=inf"], ["--temperature", "'inf'"]),
-    (["--temperature=hot"], ["--temperature: expected a number, got 'hot'"]),
+    (["--temperature=hot"], ["--temperature: expected 0 or more, got 'hot'"]),
+    (["--temperature=nan"], ["--temperature: expected 0 or more, got 'nan'"]),
     (["--max_tokens_to_generate=0"], ["--max_tokens_to_generate: expected a whole number of at least 1, got '0'"]),
     (["--max_tokens_to_generate=-3"], ["'-3'"]),
     (["--max_tokens_to_generate=2.5"], ["'2.5'"]),
