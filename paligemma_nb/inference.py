@@ -175,8 +175,8 @@ def as_json(path: str, prompt: str, answer: str, objects: list, cut_off: bool = 
     found = [dict(label=d.label, box=[round(x, 2) for x in d.box],
                   score=d.score and round(d.score, 4),
                   mask=None if d.mask is None else mask_to_rle(d.mask)) for d in objects]
-    return json.dumps(dict(image=path, prompt=prompt, answer=answer, cut_off=cut_off,
-                           objects=found))
+    record = dict(image=path, prompt=prompt, answer=answer, cut_off=cut_off, objects=found)
+    return json.dumps(record)
 
 # %% ../nbs/49_inference.ipynb #f384a12d
 def save_drawing(path: Path, image, objects: list): # the format goes by the extension; image: PIL's; objects: Detection
@@ -244,6 +244,7 @@ class Job:
     paths: list[str]            # of the pictures
     targets: list[Path | None]  # of their drawings
     image: object               # the picture if it is one alone, else None: several are opened batch by batch
+    folder: Path                # of the model
     model: object
     processor: object
 
@@ -253,11 +254,9 @@ class Job:
 
     @cached_property
     def vae(self): # for answers with codes; None: the shipped one. A doubt is said here, once
-        from paligemma_nb.hub import find_folder
         from paligemma_nb.segmentation import find_mask_vae, load_mask_vae
         if path := self.values["mask_vae"]: return load_mask_vae(path)
-        folder = find_folder(self.values["model_path"], self.values["revision"], parts=())
-        vae, doubt = find_mask_vae(folder, self.model.config)
+        vae, doubt = find_mask_vae(self.folder, self.model.config)
         if doubt: warnings.warn(doubt)
         return vae
 
@@ -280,13 +279,15 @@ def prepare(values: dict) -> Job: # from `parse_flags`
     try: targets = plan_drawings(output, paths, alone) if output else [None] * len(paths)
     except ValueError as error: raise ValueError(f"--output_image: {error}") from None
     from paligemma_nb.generation import generate_tokens
+    from paligemma_nb.hub import find_folder
     from paligemma_nb.speed import open_model
     asked = {n: values[n] for n in ("model_path", "revision", "processor_path", "dtype")}
     device = "cpu" if values["only_cpu"] else values["device"]
     model, processor = open_model(**asked, device=device, weights=values["quantize"])
     inputs = processor(Image.new("RGB", (1, 1)), values["prompt"])  # can prompt and answer be served at all?
     generate_tokens(model, inputs, max_new_tokens=values["max_tokens_to_generate"])
-    job = Job(values, paths, targets, image, model, processor)
+    folder = find_folder(values["model_path"], values["revision"], parts=("weights",))
+    job = Job(values, paths, targets, image, folder, model, processor)
     if values["mask_vae"]: job.vae  # a broken file shows now
     return job
 
@@ -377,8 +378,8 @@ def main(argv: list[str] | None = None) -> int: # exit code
     except OSError as error:
         _say("error", f"cannot write to stdout: {error.strerror}")
         code = 2
-    null = os.open(os.devnull, os.O_WRONLY)  # Python flushes once more on its way out
-    if sys.stdout: os.dup2(null, sys.stdout.fileno())
+    # Python flushes once more on its way out
+    if sys.stdout: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
 # %% ../nbs/49_inference.ipynb #39fae27c

@@ -446,7 +446,7 @@ def test_where_the_model_and_its_parts_come_from(command, monkeypatch, folder):
     monkeypatch.setattr("paligemma_nb.hub.find_folder", lambda *args, **parts: (args, parts))
     assert command("--model_path=some/name", "--revision=bfloat16")[0] == 0
     assert (asked["revision"], asked["device"]) == ("bfloat16", None)
-    assert asked["decoder_of"][0] == ("some/name", "bfloat16")
+    assert asked["decoder_of"] == (("some/name", "bfloat16"), dict(parts=("weights",)))
 
 
 # --- answers that are not whole, and models that give none
@@ -668,7 +668,8 @@ def test_the_original_road_with_pointer_files(launch, cloned, pattern):
     for path in cloned.glob(pattern): as_pointer(path)
     done = launch(MODEL_PATH=cloned, PROMPT="detect red circle")
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: ") and pattern.partition("*")[0] in done.stderr
+    assert done.stderr.startswith(f"error: {cloned}") and "git lfs pull" in done.stderr
+    assert pattern.partition("*")[0] in done.stderr
 
 
 def test_the_script_draws_what_is_pointed_at(launch, tmp_path):
