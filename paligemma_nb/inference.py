@@ -257,7 +257,7 @@ class Job:
         from paligemma_nb.segmentation import find_mask_vae, load_mask_vae
         if path := self.values["mask_vae"]: return load_mask_vae(path)
         vae, doubt = find_mask_vae(self.folder, self.model.config)
-        if doubt: warnings.warn(doubt)
+        if doubt: warnings.warn(f"{doubt} (here: --mask_vae FILE)")
         return vae
 
 # %% ../nbs/49_inference.ipynb #e598b1e3

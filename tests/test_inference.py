@@ -422,7 +422,7 @@ def test_a_doubt_about_the_decoder_is_said_once(command, monkeypatch, tmp_path):
     assert command(*flags)[2] == ""
     answers(monkeypatch, perfect_answer("red circle"))
     code, out, err = command(*flags)
-    assert (code, err) == (0, "note: whose codes are these?\n")
+    assert (code, err) == (0, "note: whose codes are these? (here: --mask_vae FILE)\n")
     assert out.count("red circle") == 3
     save_file(load_mask_vae().state_dict(), tmp_path/"named.safetensors")
     assert command(*flags, "--mask_vae", tmp_path/"named.safetensors")[2] == ""
