@@ -77,7 +77,8 @@ def fails(command):
 
 
 def process(*flags, env={}, stdout=subprocess.PIPE, **kwargs):
-    env = os.environ | {"PYTHONPATH": str(Path(inference.__file__).parents[1])} | env
+    here = dict(PYTHONPATH=str(Path(inference.__file__).parents[1]), PYTHONUNBUFFERED="")
+    env = os.environ | here | env  # its output is buffered, as it is for most users
     command = [sys.executable, "-m", "paligemma_nb.inference", *map(str, flags)]
     return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, env=env, **kwargs)
 
@@ -556,6 +557,7 @@ def test_a_model_that_breaks_on_the_way(command, monkeypatch):
     (" \t detect red circle \r\n\n", "detect red circle"),
     ("detect\nred circle", "detect red circle"),
     ("detect \r\n \n red circle", "detect red circle"),
+    ("detect\rred circle", "detect red circle"),
     ("detect  red circle", "detect  red circle"),  # inside a line nothing changes
     ("<image>detect red circle", "<image>detect red circle"),
     ("<image> detect red circle", "<image>detect red circle"),
