@@ -224,7 +224,7 @@ def train_step(model: PaliGemmaForConditionalGeneration, optimizers: dict[str, t
         loss = batch_loss(model, batch, recipe.length_power)
     loss.backward()
     length = nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-    if not (loss.isfinite() and length.isfinite()):
+    if not length.isfinite():  # nor is it where the loss is not
         raise ValueError(f"step {step}: loss {loss:.4g}, length of its gradient {length:.4g}; "
                          "the weights are left as they were before it: try lower rates")
     for name, peak in (("muon", recipe.muon_lr), ("adamw", recipe.adamw_lr)):

@@ -223,7 +223,7 @@ def test_an_exam_asks_marks_and_counts_what_it_says(monkeypatch):
         assert a.marks == grade(a.example, a.text, a.found)
         assert all(0 < d.score <= 1 for d in a.found)
         assert all(d.mask.shape == SIZE for d in a.found if d.codes)
-    monkeypatch.setattr("paligemma_nb.tasks.ap50", lambda answers, *kinds, **masks: (kinds, masks))
+    monkeypatch.setattr("paligemma_nb.tasks.ap50", lambda a, *kinds, **masks: (kinds, masks))
     again, _ = evaluate(model, processor, num_scenes=3, first_seed=HELD_OUT + 5, batch_size=7)
     assert again.keys() == means.keys() and again["count"] == means["count"]
     assert again["detect"]["ap50"] == ((("detect", "absent"),), {})

@@ -11,15 +11,17 @@ import torch
 from safetensors.torch import save_file
 
 import paligemma_nb
+from paligemma_nb import training
 from paligemma_nb.checkpoint import load_model
 from paligemma_nb.generation import generate
 from paligemma_nb.paligemma import PaliGemmaForConditionalGeneration
 from paligemma_nb.processing import EXTRA_TOKENS, PaliGemmaProcessor
 from paligemma_nb.scenes import HELD_OUT, make_scene
-from paligemma_nb.tasks import evaluate
-from paligemma_nb.training import (KIND_WEIGHTS, STAGES, Recipe, batch_loss, initialize,
-                                   load_state, make_batch, make_optimizers, sample_examples,
-                                   save_state, tiny_config, tiny_processor, train, train_step,
+from paligemma_nb.tasks import Answer, Example, evaluate
+from paligemma_nb.training import (KIND_WEIGHTS, STAGES, VALIDATION, Recipe, batch_loss,
+                                   initialize, load_state, make_batch, make_optimizers,
+                                   measure, sample_examples, save_state, save_trained,
+                                   tiny_config, tiny_processor, train, train_step, train_tiny,
                                    waves)
 
 TINY = Path(paligemma_nb.__file__).parent / "tiny"
@@ -192,9 +194,9 @@ def lengths(tensors):
 
 
 def first_steps(tokenizer):
-    """Five steps of a small model, in float32, on one thread -> their losses; and for each group
-    of parameters its length after the first step and after the last, that of the way from start
-    to end, of the running means, and of those of squares."""
+    """Five steps of a small model in float32, on one thread -> their losses; and for each group
+    of parameters its length after the first step and after the last, that of the way from
+    start to end, of the running means, and of those of squares."""
     processor = PaliGemmaProcessor(tokenizer, image_size=56, num_image_tokens=16)
     model = new_model(processor, layers=2)
     recipe = Recipe(steps=5, single_object_steps=2, scenes_per_step=3, muon_lr=0.03,
@@ -334,12 +336,15 @@ def test_waves_need_pairs():
     with pytest.raises(ValueError, match="even"): waves(torch.zeros(3), 5, 1)
 
 
-def test_exams_need_not_fall_on_saves(tmp_path, shipped, fresh):
-    recipe = Recipe(steps=5, scenes_per_step=1, warmup_steps=1, decay_steps=2)
+def test_exams_need_not_fall_on_saves(tmp_path, shipped, fresh, monkeypatch):
+    recipe, exams = Recipe(steps=5, scenes_per_step=1, warmup_steps=1, decay_steps=2), []
+    monkeypatch.setattr(training, "train_step", lambda *a: float(a[-1]))
+    monkeypatch.setattr(training, "evaluate", lambda *a: exams.append(a[2:]) or ({}, []))
     history = train(tmp_path, fresh, shipped[1], recipe, save_every=2, evaluate_every=3,
-                    num_scenes=1)
-    assert [(row["step"], "marks" in row) for row in history] == [
-        (2, False), (3, True), (4, False), (5, True)]
+                    num_scenes=7)
+    assert [(row["step"], row["loss"], "marks" in row) for row in history] == [
+        (2, 0.5, False), (3, 2, True), (4, 3, False), (5, 4, True)]
+    assert exams == [(7, VALIDATION)] * 2 and VALIDATION >= HELD_OUT + 1_000
     for wrong in (dict(save_every=0), dict(evaluate_every=0)):
         with pytest.raises(ValueError, match="positive"):
             train(tmp_path / "x", fresh, shipped[1], recipe, **wrong)
@@ -371,6 +376,7 @@ def test_a_save_cut_short_leaves_the_old_state(tmp_path, fresh, monkeypatch):
     recipe, path = Recipe(), tmp_path / "state.safetensors"
     optimizers = make_optimizers(fresh, recipe)
     save_state(path, fresh, optimizers, 7, recipe, [])
+    assert list(tmp_path.iterdir()) == [path]
 
     def killed(tensors, file, metadata):
         Path(file).write_bytes(b"half")
@@ -410,6 +416,52 @@ def test_a_state_from_before_a_setting_was_there_has_its_default(tmp_path, fresh
     assert load_state(path, fresh, optimizers, recipe) == (7, [])
     with pytest.raises(ValueError, match="expected autocast False, got True"):
         load_state(path, fresh, optimizers, replace(recipe, autocast=False))
+
+
+# --- the command
+
+def test_the_shipped_model_is_made_stage_by_stage(tmp_path, shipped, monkeypatch):
+    runs, saved = [], []
+    def run(folder, model, processor, recipe):
+        runs.append((folder, recipe))
+        return [dict(step=recipe.steps)]
+    monkeypatch.setattr(training, "tiny_processor", lambda: shipped[1])
+    monkeypatch.setattr(training, "train", run)
+    monkeypatch.setattr(training, "save_trained", lambda *a: saved.append(a))
+    train_tiny(str(tmp_path))
+    assert runs == [(tmp_path / f"stage{i}", recipe) for i, recipe in enumerate(STAGES, 1)]
+    (folder, _, _, stages, history), = saved
+    assert folder == tmp_path / "model" and stages == STAGES
+    assert history == [dict(step=recipe.steps, stage=i) for i, recipe in enumerate(STAGES, 1)]
+
+
+def test_what_is_saved_says_how_it_was_examined(tmp_path, shipped, monkeypatch):
+    marks, asked = dict(count=dict(right=0.25, asked=40)), []
+    example = Example("count", "p", "2")
+    failed = [Answer(seed, example, "3", [], dict(right=0.)) for seed in range(40)]
+    monkeypatch.setattr(training, "evaluate", lambda *a: asked.append(a[2:]) or (marks, failed))
+    rows = [dict(step=1, loss=1, seconds=60)]
+    save_trained(tmp_path, *shipped, [Recipe()], rows, num_scenes=9)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert asked == [(9,)] and (results["num_scenes"], results["first_seed"]) == (9, HELD_OUT)
+    assert results["marks"] == marks
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert [Recipe(**recipe) for recipe in history["stages"]] == [Recipe()]
+    card = (tmp_path / "README.md").read_text()
+    assert "| count | 40 | 0.250 |" in card and "1 minutes" in card
+    shown = [line.split()[1] for line in card.splitlines() if line.endswith("| p | 2 | 3 |")]
+    assert shown == [str(seed) for seed in range(0, 40, 4)]  # spread over the failures
+
+
+@pytest.mark.parametrize("first_seed, warned", [(HELD_OUT, False), (5, True)])
+def test_evaluate_names_scenes_of_training(shipped, monkeypatch, capsys, first_seed, warned):
+    marks, asked = dict(count=dict(right=0.25, asked=40)), []
+    monkeypatch.setattr(training, "load_model", lambda path: shipped)
+    monkeypatch.setattr(training, "evaluate", lambda *a: asked.append(a[2:]) or (marks, []))
+    measure(num_scenes=40, first_seed=first_seed)
+    printed = capsys.readouterr().out
+    assert asked == [(40, first_seed)] and f"40 scenes from seed {first_seed:,} on" in printed
+    assert ("may have been trained on" in printed) == warned
 
 
 # --- the shipped model
