@@ -1,8 +1,8 @@
-"""Is the model the same as transformers' at the published sizes? With random weights of transformers.
+"""Is the model the same as transformers' at the published sizes? Random weights, by theirs.
 
     python bench/check_full_size.py --folder weights --results bench/results
 
-PaliGemma 3B and PaliGemma 2 3B; 24 GB of memory. `--folder` keeps the weights for the next time.
+PaliGemma 3B and PaliGemma 2 3B; 24 GB of memory. `--folder` keeps weights for the next time.
 
 For each: the file opens strictly; the logits in bfloat16, behind the prompt and behind each of 16 given tokens, are as
 near to those of float32 as transformers' are, and choose the same tokens, except where float32 sees a tie: two logits
@@ -104,7 +104,8 @@ def main(results: str = "", folder: str = "", threads: int = 2):
         if any(gap >= 1 for gap in r["gaps where the choices differ (below 1: a tie)"]):
             failed.append(f"{size}: another choice, and no tie")
     if results:
-        write_results(results, "full_size", dict(transformers=transformers.__version__, models=found))
+        versions = dict(transformers=transformers.__version__)
+        write_results(results, "full_size", versions | dict(models=found))
     if failed: sys.exit("; ".join(failed))
 
 

@@ -56,7 +56,7 @@ def find_model(size, folder): # -> its folder; the dtype that both compute in
 
 # --- in this process, in turns
 
-def answer_rows(theirs, folders, ways, pace, rounds, n, dtype):
+def answer_rows(size, theirs, folders, ways, pace, rounds, n, dtype):
     opened = {way: open_ours(folders[way], way, dtype) for way in ways}
     ours, processor = {way: model for way, (model, _) in opened.items()}, opened[ways[0]][1]
     first, further = answers_in_turns(theirs, ours, make_inputs(processor), pace, rounds, n)
@@ -66,7 +66,7 @@ def answer_rows(theirs, folders, ways, pace, rounds, n, dtype):
             rows[way, what] = summary(list(zip(times[way], times["transformers"])))
         rows[way, what]["share_of_bound"] = share_of_bound(
             further[way], further["read"], decoder_bytes(folders[way]))
-    if "packed" in ways:  # the first token of 8 rows takes long: one round, of more tokens
+    if "packed" in ways and size != "middle":  # first tokens of 8 rows take long: one round
         ours, inputs = {"packed": ours["packed"]}, make_inputs(processor, rows=8)
         _, further = answers_in_turns(theirs, ours, inputs, pace, rounds=1, n=12, warm_up=0)
         rows["packed", "each further token of 8 rows (ms)"] = summary(
@@ -152,7 +152,7 @@ def measure(size, folder, temporary, pace, rounds, n, opening_rounds): # -> rows
     os.sync()  # what was saved is on the disk before the first clock starts
     theirs, rows = open_theirs(folder, dtype), {}
     for ways in SETS[size]:
-        rows |= answer_rows(theirs, folders, ways, pace, rounds, n, dtype)
+        rows |= answer_rows(size, theirs, folders, ways, pace, rounds, n, dtype)
     del theirs
     if size == "tiny": rows |= training_rows(folder, rounds)
     rows |= alone_rows(folders, dtype, pace, opening_rounds)

@@ -49,7 +49,7 @@ def share_of_bound(times, reads, size):
 
 def in_turns(theirs, inputs, n, others, chance=random):
     """Transformers writes `n` tokens; after each, its loop lets every other one have its turn.
-    Returns milliseconds {name: [n]}. `chance` shuffles the others: whoever comes after one that
+    Returns milliseconds {name: [n]}. `chance` shuffles the others: who comes after one that
     empties the caches is slower, so nobody may always follow the same one."""
     from transformers import StoppingCriteriaList
     times, order = {name: [] for name in ("transformers", *others)}, list(others)
