@@ -81,7 +81,7 @@ def test_memory_needs_all_pairs_but_not_many():
 def test_share_of_bound_pairs_each_token_with_its_read():
     size = 4 * Pace.block_bytes
     # bounds 40, 80 and 20 ms: the machine's pace changes
-    assert share_of_bound([50, 100, 40], [10, 20, 5], size) == [20 / 40, 0.8]
+    assert share_of_bound([50, 100, 80], [10, 20, 5], size) == [20 / 50, 0.8]
 
 
 # --- turns
