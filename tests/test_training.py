@@ -194,7 +194,7 @@ def lengths(tensors):
 
 
 def first_steps(tokenizer):
-    """Five steps of a small model in float32, on one thread -> their losses; and for each group
+    """Five steps of a small model in float32, on one thread -> the losses; and for each group
     of parameters its length after the first step and after the last, that of the way from
     start to end, of the running means, and of those of squares."""
     processor = PaliGemmaProcessor(tokenizer, image_size=56, num_image_tokens=16)
@@ -439,7 +439,8 @@ def test_what_is_saved_says_how_it_was_examined(tmp_path, shipped, monkeypatch):
     marks, asked = dict(count=dict(right=0.25, asked=40)), []
     example = Example("count", "p", "2")
     failed = [Answer(seed, example, "3", [], dict(right=0.)) for seed in range(40)]
-    monkeypatch.setattr(training, "evaluate", lambda *a: asked.append(a[2:]) or (marks, failed))
+    monkeypatch.setattr(training, "evaluate",
+                        lambda *a: asked.append(a[2:]) or (marks, failed))
     rows = [dict(step=1, loss=1, seconds=60)]
     save_trained(tmp_path, *shipped, [Recipe()], rows, num_scenes=9)
     results = json.loads((tmp_path / "results.json").read_text())
