@@ -102,7 +102,7 @@ def soft_cap(
     x: Tensor,          # [...]
     cap: float | None,  # None leaves x as it is
 ) -> Tensor: # [...] between -cap and cap, and almost x where x is far smaller
-    return x if cap is None else cap * torch.tanh(x / cap)
+    return x if cap is None else (x / cap).tanh_() * cap  # in place: less memory
 
 
 def grouped_weights(
@@ -116,28 +116,28 @@ def grouped_weights(
     rows = q.reshape(len(q), k.shape[1], -1, q.shape[-1])
     # a cache's keys have gaps: the product would copy them anyway, and transposed, which is slow
     scores = rows @ k.contiguous().transpose(-1, -2)  # [b, k, h/k * t, n]
-    scores = soft_cap(scores.view(*q.shape[:3], -1).float() * scale, cap)
+    scores = soft_cap(scores.view(*q.shape[:3], -1).float().mul_(scale), cap)
     # not -inf: a padding that sees nothing would get 0 / 0
-    if mask is not None: scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if mask is not None: scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1)
 
 # %% ../nbs/05_gemma.ipynb #4655b09b
-# held at a time for each row of a batch, 16 MB; with fewer, matrix products get too flat
-MAX_SCORES = 2 ** 22
+# of a head, held at a time: 1 MB. More take memory, and fewer make matrix products too flat
+MAX_SCORES = 2 ** 18
 
 
 def grouped_attention(
     q: Tensor, k: Tensor, v: Tensor,                              # [b, h, t, d], twice [b, k, n, d]
     mask: Tensor | None, scale: float, cap: float | None = None,  # as for `grouped_weights`
 ) -> Tensor: # [b, h, t, d]
-    "Attention over shared keys. Without gradients, few scores of a long prompt are held at once."
+    "Attention over shared keys. Without gradients, few scores are held at a time."
     if cap is None:
         rows = q.reshape(len(q), k.shape[1], -1, q.shape[-1]) if q.shape[2] == 1 else q
         out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale,
                                              enable_gqa=rows.shape[1] != k.shape[1])
         return out.reshape(q.shape)
     # the fused kernel knows no cap: a block of queries at a time
-    t, block = q.shape[2], max(1, MAX_SCORES // (q.shape[1] * k.shape[2]))
+    t, block = q.shape[2], max(1, MAX_SCORES // k.shape[2])
     if t > block:
         k = k.contiguous()  # once, and not for each block
         blocks = q.split(block, dim=2)
