@@ -143,7 +143,7 @@ def compare(
     sides: tuple = (224, 448, 896),  # of the pictures, in pixels, multiples of 14
     sizes: tuple = ("3b", "3b2"),
     layers: int = 4,                 # of each tower; 0: as published, 27, and 18 or 26
-    rounds: int = 12,                # at 224 px, fewer for larger ones; 0: memory alone
+    rounds: int = 9,                 # at 224 px, fewer for larger ones; 0: memory alone
     threads: int = 2,
     results: str = "",               # also write a file of this machine into this folder
     alone: str = "", folder: str = "",  # used by this script to start itself
@@ -167,10 +167,11 @@ def compare(
                 print(f"{SIZES[size]}, {side} px, done after "
                       f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
     rows = [beside_eager(row, rows) for row in rows]
+    depth = f"{layers} of each tower" if layers else "as published: 27, and 18 or 26"
     found = dict(transformers=transformers.__version__, seconds=time.perf_counter() - start,
-                 layers=f"{layers} of each tower" if layers else "as published: 27, and 18 or 26")
-    print(f"{machine_line()}, transformers {transformers.__version__}; {found['seconds']:.0f} s.\n"
-          f"Published widths, random bfloat16 weights, layers {found['layers']}.\n\n{table(rows)}")
+                 layers=depth)
+    print(f"{machine_line()}, transformers {transformers.__version__}\nPublished widths, random "
+          f"bfloat16 weights, layers {depth}; {found['seconds']:.0f} s\n\n{table(rows)}")
     if results: write_results(results, "large_pictures", found | dict(rows=rows))
 
 

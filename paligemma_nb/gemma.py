@@ -95,7 +95,9 @@ class GemmaMLP(nn.Module):
 
     def forward(self, x: Tensor, # [b, t, c]
     ) -> Tensor: # [b, t, c]
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        gate, up = F.gelu(self.gate_proj(x), approximate="tanh"), self.up_proj(x)
+        # in place if no gradient needs it again: for a large picture nothing is larger
+        return self.down_proj(gate * up if torch.is_grad_enabled() else gate.mul_(up))
 
 # %% ../nbs/05_gemma.ipynb #98b29905
 def soft_cap(

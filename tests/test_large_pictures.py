@@ -5,6 +5,7 @@ machine has no say in it."""
 import pytest
 import test_parity as parity
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
@@ -173,3 +174,17 @@ def test_the_decoder_takes_a_quarter_of_their_memory(monkeypatch):
     monkeypatch.setattr(gemma, "MAX_SCORES", scores // 32)
     mine = peak_bytes(lambda: ours.language_model.model(embeds, last=1))
     assert other > 8 * 4 * scores and mine <= other / 4, (mine, other)
+
+
+def test_the_mlp_holds_two_of_its_widest():
+    "Gate and up; their product takes the gate's place, unless gradients are asked for."
+    mlp = gemma.GemmaMLP(gemma.GemmaConfig(8, 500, 1, 1, 1, 10))
+    x, wide = torch.randn(1, 300, 8), 300 * 500 * 4
+    with torch.no_grad(): got, peak = mlp(x), peak_bytes(lambda: mlp(x))
+    assert 2 * wide < peak < 2.5 * wide
+    leaves = [x.requires_grad_(), *mlp.parameters()]
+    expected = (F.gelu(x @ leaves[1].T, approximate="tanh") * (x @ leaves[2].T)) @ leaves[3].T
+    torch.testing.assert_close(got, expected.detach(), rtol=TOLERANCE, atol=TOLERANCE)
+    gradients = (torch.autograd.grad(out.sin().sum(), leaves) for out in (mlp(x), expected))
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, rtol=TOLERANCE, atol=TOLERANCE)
