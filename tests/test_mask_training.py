@@ -13,15 +13,7 @@ from paligemma_nb import mask_training
 from paligemma_nb.mask_training import (UNSEEN, CodebookTrainer, evaluate_mask_vae, make_masks, mask_vae_loss,
                                         train_mask_vae, unseen_mask)
 from paligemma_nb.scenes import HELD_OUT, SHAPES
-from paligemma_nb.segmentation import MASK_SIZE, Codebook, MaskVAE, load_mask_vae
-
-
-@pytest.fixture
-def random_vae():
-    torch.manual_seed(0)
-    vae = MaskVAE().requires_grad_(False)
-    vae._vq_vae._embedding.normal_()
-    return vae
+from paligemma_nb.segmentation import MASK_SIZE, Codebook, load_mask_vae
 
 
 def test_shipped_file_keeps_shapes():

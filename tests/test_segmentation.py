@@ -19,7 +19,7 @@ from paligemma_nb import segmentation
 from paligemma_nb.detection import Detection, format_detections, parse_boxes
 from paligemma_nb.paligemma import PaliGemmaConfig
 from paligemma_nb.scenes import HELD_OUT, make_scene
-from paligemma_nb.segmentation import (MaskVAE, add_masks, check_mask_vae, decode_mask, encode_mask, find_mask_vae,
+from paligemma_nb.segmentation import (add_masks, check_mask_vae, decode_mask, encode_mask, find_mask_vae,
                                        find_objects, load_mask_vae, mask_to_rle, mask_vae_id, object_mask)
 
 SHIPPED = segmentation.Path(segmentation.paligemma_nb.__file__).with_name("mask_vae.safetensors")
@@ -27,14 +27,6 @@ SHIPPED = segmentation.Path(segmentation.paligemma_nb.__file__).with_name("mask_
 
 def iou(a, b): return coco.iou(*([coco.encode(np.asfortranarray(m, dtype=np.uint8))] for m in (a, b)), [0])[0, 0]
 def objects(num): return [o for seed in range(HELD_OUT, HELD_OUT + num) for o in make_scene(seed).objects]
-
-
-@pytest.fixture
-def random_vae():
-    torch.manual_seed(0)
-    vae = MaskVAE().requires_grad_(False)
-    vae._vq_vae._embedding.normal_()
-    return vae
 
 
 # --- the network against its definition, in float64 and without torch
