@@ -358,7 +358,7 @@ def test_links_resolve(path):
 def test_notebook_is_valid_with_its_outputs(path):
     nb = read(path)
     nbformat.validate(nb)
-    assert path.stat().st_size <= 400 * 1024
+    assert path.stat().st_size <= 1_500_000
     assert any(c.outputs for c in code_cells(nb)), "no saved outputs"
     assert not [o for o in outputs(nb) if o.output_type == "error"]
 
