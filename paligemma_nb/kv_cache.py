@@ -11,16 +11,19 @@ from torch import Tensor
 
 # %% ../nbs/04_kv_cache.ipynb #d01a6afc
 class KVCache:
-    "Keys and values of every layer, in memory reserved once and filled in place."
+    """Keys and values of every layer, in memory reserved once and filled in place.
+
+    In a forward pass each layer calls `update`; call `advance` once, after the last layer.
+    Until then all layers write to the same positions."""
     def __init__(self,
         num_layers: int,
-        batch_size: int,                      # b
-        num_kv_heads: int,                    # k
-        max_length: int,                      # tokens that fit: prompt and answer together
-        head_dim: int,                        # d
+        batch_size: int,    # b
+        num_kv_heads: int,  # k
+        max_length: int,    # tokens that fit: prompt and answer together
+        head_dim: int,      # d
         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
     ):
-        shape = (num_layers, batch_size, num_kv_heads, max_length, head_dim)
+        shape = num_layers, batch_size, num_kv_heads, max_length, head_dim
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.max_length, self.length = max_length, 0  # `length` tokens are filled
@@ -30,8 +33,9 @@ class KVCache:
         keys: Tensor,    # [b, k, t, d] of the new tokens
         values: Tensor,  # [b, k, t, d]
     ) -> tuple[Tensor, Tensor]: # views [b, k, length + t, d] of all tokens so far
+        "Stores new tokens of one layer. ValueError if they do not fit."
         t, (b, k, _, d) = keys.shape[-2], self.keys.shape[1:]
-        if not keys.shape == values.shape == (b, k, t, d):  # one row would fill all of them
+        if not keys.shape == values.shape == (b, k, t, d):  # else a single row would broadcast
             raise ValueError(f"expected keys and values [{b}, {k}, t, {d}], "
                              f"got {list(keys.shape)} and {list(values.shape)}")
         if (end := self.length + t) > self.max_length:
@@ -41,9 +45,10 @@ class KVCache:
         return self.keys[layer_idx, :, :, :end], self.values[layer_idx, :, :, :end]
 
     def advance(self, num_tokens: int):
-        "Moves on once every layer has written: until then all layers write at the same place."
+        "Counts `num_tokens` as stored, once every layer has stored them."
         self.length += num_tokens
 
     @property
-    def num_bytes(self) -> int: # memory reserved
-        return 2 * self.keys.numel() * self.keys.element_size()
+    def num_bytes(self) -> int:
+        "Memory reserved, in bytes."
+        return 2 * self.keys.nbytes

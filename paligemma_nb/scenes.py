@@ -18,46 +18,46 @@ from PIL import Image
 
 # %% ../nbs/01_scenes.ipynb #35abea3e
 def circle_distance(
-    x: np.ndarray,  # x of the points
-    y: np.ndarray,  # y of the points
-    radius: float,
+    x: np.ndarray,  # x coordinates, of any shape that broadcasts with y
+    y: np.ndarray,  # y coordinates
+    radius: float,  # in the unit of x and y, as the result is
 ) -> np.ndarray:    # negative inside, zero on the edge, positive outside
     "Signed distance from points to a circle around the origin."
     return np.sqrt(x * x + y * y) - radius
 
 # %% ../nbs/01_scenes.ipynb #9e1e8aec
 def ring_distance(
-    x: np.ndarray,  # x of the points
-    y: np.ndarray,  # y of the points
-    radius: float,  # of the outer edge; the hole has 0.45 of it
+    x: np.ndarray,  # x coordinates, of any shape that broadcasts with y
+    y: np.ndarray,  # y coordinates
+    radius: float,  # of the outer edge; the hole's is 0.45 of it
 ) -> np.ndarray:    # negative inside the band
     "Signed distance from points to a ring around the origin."
     return np.abs(circle_distance(x, y, 0.725 * radius)) - 0.275 * radius
 
 # %% ../nbs/01_scenes.ipynb #f82f085a
 def _corners(degrees, radii):
-    "Corners [v, 2] from their directions, and their distances from the origin taken in turn from `radii`."
-    angles = np.radians(degrees)
-    return np.resize(radii, len(angles))[:, None] * np.stack((np.cos(angles), np.sin(angles)), axis=1)
+    "Corners [v, 2] in these directions, their distances from the origin `radii`, repeated."
+    a = np.radians(degrees)
+    return np.resize(radii, (len(a), 1)) * np.stack((np.cos(a), np.sin(a)), axis=1)
 
 # %% ../nbs/01_scenes.ipynb #cbf100db
 def polygon_distance(
-    x: np.ndarray,         # [w] x of the points
-    y: np.ndarray,         # [h, 1] y of the points
-    vertices: np.ndarray,  # [v, 2] corners in order, either way round, no two neighbours equal
+    x: np.ndarray,         # [w] x coordinates
+    y: np.ndarray,         # [h, 1] y coordinates
+    vertices: np.ndarray,  # [v, 2] corners in order, clockwise or not, no two neighbours equal
 ) -> np.ndarray:           # [h, w] negative inside
-    "Signed distance to a simple polygon: the nearest edge gives the length, the even-odd rule the sign."
+    "Signed distance to a simple polygon: length from the nearest edge, sign by even-odd."
     start, end = vertices, np.roll(vertices, -1, axis=0)
-    falls = (start[:, 1] <= end[:, 1])[:, None]          # every edge is turned to point down the picture
+    falls = (start[:, 1] <= end[:, 1])[:, None]           # make every edge point down
     ax, ay = np.where(falls, start, end).T[..., None, None]
     bx, by = np.where(falls, end, start).T[..., None, None]
-    length = np.sqrt((bx - ax) ** 2 + (by - ay) ** 2)    # [v, 1, 1], as all four above
+    length = np.sqrt((bx - ax) ** 2 + (by - ay) ** 2)     # [v, 1, 1], as the four above
     ux, uy = (bx - ax) / length, (by - ay) / length
-    dx, dy = x - ax, y - ay                              # [v, 1, w] and [v, h, 1]
+    dx, dy = x - ax, y - ay                               # [v, 1, w] and [v, h, 1]
     along, across = dx * ux + dy * uy, dx * uy - dy * ux  # [v, h, w]
-    # a ray to the right crosses the edges that span its height and have its start on their left
+    # a ray to the right crosses the edges that span its height and lie to its right
     inside = np.logical_xor.reduce((across < 0) & ((dy >= 0) & (y < by)), axis=0)
-    beyond = along - np.clip(along, 0, length)           # nonzero only past the edge's ends
+    beyond = along - np.clip(along, 0, length)            # nonzero only past the edge's ends
     nearest = np.sqrt((across * across + beyond * beyond).min(axis=0))  # [h, w]
     return np.where(inside, -nearest, nearest)
 
@@ -69,52 +69,61 @@ POLYGONS = {  # corners [v, 2] within the unit circle
     "square": _corners(range(45, 360, 90), 1),
     "triangle": _corners((-90, 30, 150), 1),
     "star": _corners(range(-90, 270, 36), (1, 0.45)),
-    "cross": _corners([turn + a for turn in range(0, 360, 90) for a in (-_TILT, _TILT, 45)], (1, 1, _ARM * 2**0.5)),
+    "cross": _corners([turn + a for turn in range(0, 360, 90) for a in (-_TILT, _TILT, 45)],
+                      (1, 1, _ARM * 2**0.5)),
 }
 
 # %% ../nbs/01_scenes.ipynb #a8daf413
 def _outline(shape, angle):
-    "The polygon of radius 1 turned by `angle` radians, its box centred on the origin; None for a round shape."
+    "The polygon [v, 2] of radius 1, turned by `angle` radians, box centred; None if round."
     if shape not in POLYGONS: return None
     cos, sin = math.cos(angle), math.sin(angle)
     turned = POLYGONS[shape] @ np.array([[cos, sin], [-sin, cos]])
     return turned - (turned.max(axis=0) + turned.min(axis=0)) / 2
 
 # %% ../nbs/01_scenes.ipynb #8e5f0472
-COLORS = {  # name -> the RGB around which objects of that colour vary, by up to 15 in each channel
-    "red": (215, 40, 40), "green": (45, 160, 60), "blue": (45, 85, 220), "yellow": (245, 215, 45),
-    "purple": (130, 50, 170), "orange": (245, 135, 25), "cyan": (45, 205, 210), "pink": (250, 120, 185),
+COLORS = {  # name -> mean RGB; an object's tone differs by up to 15 in each channel
+    "red": (215, 40, 40), "green": (45, 160, 60), "blue": (45, 85, 220),
+    "yellow": (245, 215, 45), "purple": (130, 50, 170), "orange": (245, 135, 25),
+    "cyan": (45, 205, 210), "pink": (250, 120, 185),
 }
 
 # %% ../nbs/01_scenes.ipynb #5ab0702e
 @dataclass
 class SceneObject:
-    "One shape of a scene. Lengths are in pixels, x to the right, y down, (0, 0) the picture's top left corner."
-    shape: str                               # one of `SHAPES`
-    color: str                               # a key of `COLORS`
-    center: tuple[float, float]              # (x, y), the middle of the box
-    radius: float                            # of the circle through the outermost points
-    angle: float                             # radians, clockwise
-    rgb: tuple[float, float, float]          # the exact tone, 0 … 255
-    box: tuple[float, float, float, float]   # (x1, y1, x2, y2), exact
-    size: int                                # side of the picture
+    "One shape of a scene. Lengths in pixels, x to the right, y down, origin at the top left."
+    shape: str                              # one of `SHAPES`
+    color: str                              # a key of `COLORS`
+    center: tuple[float, float]             # (x, y), the middle of the box
+    radius: float                           # of the circle through the outermost points
+    angle: float                            # radians, clockwise
+    rgb: tuple[float, float, float]         # the exact tone, 0 … 255
+    box: tuple[float, float, float, float]  # (x1, y1, x2, y2), exact
+    size: int                               # side of the picture
 
     @property
-    def name(self) -> str: return f"{self.color} {self.shape}"
+    def name(self) -> str:
+        "Colour and shape: 'red circle'."
+        return f"{self.color} {self.shape}"
 
-    def distance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        "Signed distance [h, w] in pixels from the points x [w], y [h, 1] to the object's edge, negative inside."
-        x, y = np.float32(x - self.center[0]), np.float32(y - self.center[1])  # exact enough, and quicker
+    def distance(self,
+        x: np.ndarray,  # [w] x coordinates
+        y: np.ndarray,  # [h, 1] y coordinates
+    ) -> np.ndarray:    # [h, w] negative inside
+        "Signed distance from points to the object's edge."
+        x, y = np.float32(x - self.center[0]), np.float32(y - self.center[1])  # faster so
         if self.shape == "circle": return circle_distance(x, y, self.radius)
         if self.shape == "ring": return ring_distance(x, y, self.radius)
-        return polygon_distance(x, y, (self.radius * _outline(self.shape, self.angle)).astype(np.float32))
+        corners = self.radius * _outline(self.shape, self.angle)
+        return polygon_distance(x, y, corners.astype(np.float32))
 
-    def window(self) -> tuple[slice, slice, np.ndarray]: # rows, columns, distance
-        "The part of the picture that the object can touch, as slices, and the distance at its pixels' centres."
+    def window(self) -> tuple[slice, slice, np.ndarray]: # rows, columns, distances
+        "The pixels around the box, and the signed distances of their centres."
         x1, y1, x2, y2 = self.box
-        x = np.arange(max(math.floor(x1) - 1, 0), min(math.ceil(x2) + 1, self.size))
-        y = np.arange(max(math.floor(y1) - 1, 0), min(math.ceil(y2) + 1, self.size))
-        return slice(y[0], y[-1] + 1), slice(x[0], x[-1] + 1), self.distance(x + 0.5, y[:, None] + 0.5)
+        x1, x2 = max(math.floor(x1) - 1, 0), min(math.ceil(x2) + 1, self.size)
+        y1, y2 = max(math.floor(y1) - 1, 0), min(math.ceil(y2) + 1, self.size)
+        distance = self.distance(np.arange(x1, x2) + 0.5, np.arange(y1, y2)[:, None] + 0.5)
+        return slice(y1, y2), slice(x1, x2), distance
 
     @property
     def mask(self) -> np.ndarray: # [size, size] bool
@@ -126,39 +135,42 @@ class SceneObject:
 
 # %% ../nbs/01_scenes.ipynb #a5426e12
 def _backdrop(background, size):
-    "Two tones (r, g, b) and an angle -> canvas [3, size, size], float32. Whole planes mix quicker than triplets."
-    first, second, angle = background
-    first, second = np.array((first, second), np.float32)[..., None, None]
+    "The background, float32 [3, size, size]: numpy mixes whole planes faster than triplets."
+    *tones, angle = background
+    first, second = np.array(tones, np.float32)[..., None, None]
     steps = ((np.arange(size) + 0.5) / size - 0.5).astype(np.float32)
-    ramp = 0.5 + (math.cos(angle) * steps + math.sin(angle) * steps[:, None]) / math.sqrt(2)  # 0 … 1
-    return first + ramp * (second - first)
+    ramp = math.cos(angle) * steps + math.sin(angle) * steps[:, None]
+    return first + (0.5 + ramp / math.sqrt(2)) * (second - first)
 
 # %% ../nbs/01_scenes.ipynb #3bd42728
 def _paint(canvas, o):
-    "Blend the object `o` into the canvas [3, size, size], in place."
+    "Blends the object `o` into the canvas [3, size, size], in place."
     rows, columns, distance = o.window()
-    patch = canvas[:, rows, columns]
-    patch += np.clip(0.5 - distance, 0, 1) * (np.array(o.rgb, np.float32)[:, None, None] - patch)
+    patch, rgb = canvas[:, rows, columns], np.float32(o.rgb)[:, None, None]
+    patch += np.clip(0.5 - distance, 0, 1) * (rgb - patch)
 
 # %% ../nbs/01_scenes.ipynb #ce82866a
-_GAUSSIAN = np.array([NormalDist().inv_cdf((i + 0.5) / 256) for i in range(256)], dtype=np.float32)
+_GAUSSIAN = np.float32([NormalDist().inv_cdf((i + 0.5) / 256) for i in range(256)])
 
 def _grain(seed, shape):
-    "Noise of standard deviation 1, float32."
-    return _GAUSSIAN[np.frombuffer(np.random.default_rng([seed, 1]).bytes(math.prod(shape)), np.uint8)].reshape(shape)
+    "Gaussian noise of standard deviation 1, float32: each value is picked by a random byte."
+    picks = np.random.default_rng([seed, 1]).bytes(math.prod(shape))
+    return _GAUSSIAN[np.frombuffer(picks, np.uint8)].reshape(shape)
 
 # %% ../nbs/01_scenes.ipynb #a73abb86
 def _place(rng, shapes):
-    "For each shape (center, radius, angle, half width and height) in parts of the side, boxes apart."
-    while True:  # a start that leaves no room is thrown away whole
+    "For each shape (center, radius, angle, half sizes of the box), in parts of the side."
+    while True:  # start over when an object finds no room in 24 tries
         placed = []
         for shape in shapes:
             radius, angle = rng.uniform(0.10, 0.22), math.radians(rng.uniform(-12, 12))
             outline = _outline(shape, angle)
-            w, h = (radius, radius) if outline is None else (radius * outline.max(axis=0)).tolist()
+            w = h = radius
+            if outline is not None: w, h = (radius * outline.max(axis=0)).tolist()
             for u, v in rng.random((24, 2)).tolist():
                 x, y = 0.01 + w + u * (0.98 - 2 * w), 0.01 + h + v * (0.98 - 2 * h)
-                if all(abs(x - X) >= 0.06 and (abs(x - X) > w + W + 0.01 or abs(y - Y) > h + H + 0.01)
+                if all(abs(x - X) >= 0.06
+                       and (abs(x - X) > w + W + 0.01 or abs(y - Y) > h + H + 0.01)
                        for (X, Y), _, _, (W, H) in placed):
                     placed.append(((x, y), radius, angle, (w, h)))
                     break
@@ -173,7 +185,8 @@ def _yes_no(truth): return "yes" if truth else "no"
 # %% ../nbs/01_scenes.ipynb #12d4cb89
 def _count(scene, rng):
     yield "how many objects are there?", str(len(scene.objects)), "count"
-    for attribute, values, noun in (("shape", SHAPES, _plural), ("color", COLORS, "{} objects".format)):
+    kinds = ("shape", SHAPES, _plural), ("color", COLORS, "{} objects".format)
+    for attribute, values, noun in kinds:
         here = [getattr(o, attribute) for o in scene.objects]
         absent = [v for v in values if v not in here]
         for value in [*dict.fromkeys(here), absent[rng.integers(len(absent))]]:
@@ -186,7 +199,8 @@ def _exists(scene, rng):
         yield f"is there {_article(name)}?", "yes", "exists"
         near = [f"{o.color} {s}" for s in SHAPES] + [f"{c} {o.shape}" for c in COLORS]
         far = [f"{c} {s}" for c in COLORS for s in SHAPES]
-        wrong = [n for n in (near if rng.random() < 0.75 else far) if n not in things and n not in asked]
+        names = near if rng.random() < 0.75 else far
+        wrong = [n for n in names if n not in things and n not in asked]
         asked.add(no := wrong[rng.integers(len(wrong))])
         yield f"is there {_article(no)}?", "no", "exists"
 
@@ -195,7 +209,8 @@ def _attributes(scene):
     shapes, colors = [o.shape for o in scene.objects], [o.color for o in scene.objects]
     for o in scene.objects:
         if shapes.count(o.shape) == 1: yield f"what color is the {o.shape}?", o.color, "color"
-        if colors.count(o.color) == 1: yield f"what shape is the {o.color} object?", o.shape, "shape"
+        if colors.count(o.color) == 1:
+            yield f"what shape is the {o.color} object?", o.shape, "shape"
 
 # %% ../nbs/01_scenes.ipynb #9f0dd280
 def _where(scene, rng):
@@ -215,7 +230,7 @@ class Scene:
     seed: int
     size: int                   # side in pixels
     objects: list[SceneObject]  # from left to right
-    background: tuple           # ((r, g, b), (r, g, b), radians): two tones, and the direction from one to the other
+    background: tuple           # ((r, g, b), (r, g, b), radians): two tones, their direction
     noise: float                # standard deviation, in levels of 255
 
     @cached_property
@@ -244,40 +259,46 @@ class Scene:
         return things
 
     def questions(self) -> list[tuple[str, str, str]]: # (question, answer, kind)
-        "Questions with one right answer each; the kinds are 'count', 'exists', 'color', 'shape' and 'where'."
+        "Questions with one right answer; kinds: 'count', 'exists', 'color', 'shape', 'where'."
         rng = np.random.default_rng([self.seed, 2])
-        return [*_count(self, rng), *_exists(self, rng), *_attributes(self), *_where(self, rng)]
+        return [*_count(self, rng), *_exists(self, rng),
+                *_attributes(self), *_where(self, rng)]
 
 # %% ../nbs/01_scenes.ipynb #dce2986d
-HELD_OUT = 10**9  # seeds below are for training, from here on (below 2**32) for evaluation
+HELD_OUT = 10**9  # seeds below are for training, those from here on for evaluation
 
 def make_scene(
     seed: int,                      # 0 … 2**32 - 1
     size: int = 112,                # side of the picture in pixels, at least 28
-    num_objects: int | None = None, # 1 … 4; by default the seed decides
-) -> Scene:                         # equal for equal arguments, whatever was made before
-    "A scene drawn from `seed`. Another `size` gives the same scene in more or fewer pixels."
+    num_objects: int | None = None, # 1 … 4; None: the seed decides
+) -> Scene:                         # the same for the same arguments
+    "The scene of a seed, at any size. ValueError if an argument is out of its range."
     seed, size = operator.index(seed), operator.index(size)
-    # one 32-bit word, so that [seed, 1] and [seed, 2] are streams that no other seed has
+    # one 32-bit word, so that no other seed has the random streams [seed, 1] and [seed, 2]
     if not 0 <= seed < 2**32: raise ValueError(f"seed must lie in 0 … 2**32 - 1, got {seed}")
     if size < 28: raise ValueError(f"size must be at least 28 pixels, got {size}")
-    if num_objects not in (None, 1, 2, 3, 4): raise ValueError(f"num_objects must be 1, 2, 3 or 4, got {num_objects}")
+    if num_objects not in (None, 1, 2, 3, 4):
+        raise ValueError(f"num_objects must be 1, 2, 3 or 4, got {num_objects}")
     rng = np.random.default_rng(seed)
     drawn = int(rng.integers(1, 5))
-    n = drawn if num_objects is None else num_objects
+    n = num_objects or drawn
     shapes = [SHAPES[i] for i in rng.integers(len(SHAPES), size=n)]
     colors = [list(COLORS)[i] for i in rng.integers(len(COLORS), size=n)]
-    if n > 1 and rng.random() < 0.06: shapes[1], colors[1] = shapes[0], colors[0]  # twins, now and then
+    if n > 1 and rng.random() < 0.06:  # now and then, two of the same name
+        shapes[1], colors[1] = shapes[0], colors[0]
     tints = rng.uniform(-15, 15, (n, 3)).tolist()
     objects = []
-    for shape, color, tint, ((x, y), radius, angle, (w, h)) in zip(shapes, colors, tints, _place(rng, shapes)):
+    for shape, color, tint, place in zip(shapes, colors, tints, _place(rng, shapes)):
+        (x, y), radius, angle, (w, h) = place
         rgb = tuple(min(max(c + t, 0), 255) for c, t in zip(COLORS[color], tint))
         box = tuple(size * v for v in (x - w, y - h, x + w, y + h))
-        objects.append(SceneObject(shape, color, (size * x, size * y), size * radius, angle, rgb, box, size))
-    first = rng.uniform(50, 215) + rng.uniform(-12, 12, 3)  # a grey with a breath of colour
+        objects.append(SceneObject(shape, color, (size * x, size * y), size * radius, angle,
+                                   rgb, box, size))
+    objects.sort(key=lambda o: o.center[0])
+    first = rng.uniform(50, 215) + rng.uniform(-12, 12, 3)  # nearly grey
     second = np.clip(first + rng.uniform(-45, 45), 35, 225)
     background = (tuple(first.tolist()), tuple(second.tolist()), rng.uniform(0, 2 * math.pi))
-    return Scene(seed, size, sorted(objects, key=lambda o: o.center[0]), background, rng.uniform(2, 6))
+    return Scene(seed, size, objects, background, rng.uniform(2, 6))
 
 # %% ../nbs/01_scenes.ipynb #8bf7e578
 def show_scenes(
@@ -286,18 +307,22 @@ def show_scenes(
     boxes: bool = False, # draw each object's box
     masks: bool = False, # darken all but the objects
 ) -> None:
-    "A figure of scenes with their captions."
+    "Draws a figure of scenes with their captions."
     import textwrap
     import matplotlib.pyplot as plt
     rows = -(-len(scenes) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(2.1 * columns, 2.55 * rows), squeeze=False, layout="constrained")
+    _, axes = plt.subplots(rows, columns, figsize=(2.1 * columns, 2.55 * rows),
+                           squeeze=False, layout="constrained")
     for ax in axes.flat: ax.axis("off")
     for ax, scene in zip(axes.flat, scenes):
-        covered = np.logical_or.reduce([o.mask for o in scene.objects])[..., None]
-        # a picture's pixel i spans i … i + 1, so that boxes need no shift
-        ax.imshow(np.where(covered, scene.pixels, scene.pixels // 4) if masks else scene.pixels,
-                  extent=(0, scene.size, scene.size, 0))
-        ax.set_title("\n".join(textwrap.wrap(scene.caption, 30)), fontsize=7.5)
+        pixels = scene.pixels
+        if masks:
+            covered = np.logical_or.reduce([o.mask for o in scene.objects])[..., None]
+            pixels = np.where(covered, pixels, pixels // 4)
+        # pixel i spans i … i + 1, as it does for the boxes
+        ax.imshow(pixels, extent=(0, scene.size, scene.size, 0))
+        ax.set_title(textwrap.fill(scene.caption, 30), fontsize=7.5)
         for x1, y1, x2, y2 in [o.box for o in scene.objects] if boxes else []:
-            ax.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec="white", lw=2.5))
-            ax.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec="black", lw=1))
+            for ec, lw in (("white", 2.5), ("black", 1)):
+                box = plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=ec, lw=lw)
+                ax.add_patch(box)

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 @dataclass
 class SiglipVisionConfig:
     "Sizes of the vision tower, named as in the published `config.json` (`vision_config`)."
-    hidden_size: int               # c, width of a token
-    intermediate_size: int         # width inside the MLP
+    hidden_size: int         # c, width of a token
+    intermediate_size: int   # width inside the MLP
     num_hidden_layers: int
-    num_attention_heads: int       # h
-    patch_size: int                # side of a patch in pixels
-    image_size: int = 224          # s, side of the square picture in pixels
+    num_attention_heads: int # h
+    patch_size: int          # side of a patch in pixels
+    image_size: int = 224    # s, side of the square picture in pixels
     num_channels: int = 3
     layer_norm_eps: float = 1e-6
 
@@ -30,46 +30,50 @@ class SiglipVisionConfig:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of "
                              f"num_attention_heads {self.num_attention_heads}")
         if self.image_size < self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is smaller than patch_size {self.patch_size}")
+            raise ValueError(f"image_size {self.image_size} < patch_size {self.patch_size}")
 
     @property
-    def num_image_tokens(self) -> int: return (self.image_size // self.patch_size) ** 2  # n
+    def num_image_tokens(self) -> int:
+        "n, the number of whole patches in a picture."
+        return (self.image_size // self.patch_size) ** 2
 
 # %% ../nbs/02_siglip.ipynb #560eab01
 class SiglipVisionEmbeddings(nn.Module):
-    "Cuts the picture into patches, maps each to a vector and adds its learned position. ViT, arXiv 2010.11929."
+    "Cuts pictures into patches, embeds each and adds its position. ViT, arXiv 2010.11929."
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
         self.picture_shape = config.num_channels, config.image_size, config.image_size
         self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size,
-                                         kernel_size=config.patch_size, stride=config.patch_size)
+                                         config.patch_size, stride=config.patch_size)
         self.position_embedding = nn.Embedding(config.num_image_tokens, config.hidden_size)
 
     def forward(self, pixel_values: Tensor, # [b, 3, s, s], in [-1, 1]
     ) -> Tensor: # [b, n, c]
         if pixel_values.shape[1:] != self.picture_shape:
-            raise ValueError(f"expected pixel_values [b, {', '.join(map(str, self.picture_shape))}], "
+            raise ValueError(f"expected pixel_values [b, {str(self.picture_shape)[1:-1]}], "
                              f"got {list(pixel_values.shape)}")
         if not pixel_values.is_floating_point():  # bytes 0 … 255 have the same shape
             raise ValueError(f"expected pixel_values in [-1, 1], got {pixel_values.dtype}: "
                              "divide bytes by 127.5 and subtract 1")
-        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # [b, c, s/p, s/p]
-        return patches.flatten(2).transpose(1, 2) + self.position_embedding.weight  # [b, n, c]
+        x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        # [b, c, rows, columns] -> [b, n, c]
+        return x.flatten(2).transpose(1, 2) + self.position_embedding.weight
 
 # %% ../nbs/02_siglip.ipynb #736e03ae
 class SiglipAttention(nn.Module):
-    "Multi-head self-attention in which every patch sees every patch: no mask, no order of its own. arXiv 1706.03762."
+    "Multi-head attention without a mask: every patch sees every patch. arXiv 1706.03762."
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
         c, self.num_heads = config.hidden_size, config.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c, c) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(c, c) for _ in range(4))
 
     def forward(self, x: Tensor, # [b, n, c]
     ) -> Tensor: # [b, n, c]
         q, k, v = (proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [b, h, n, d]
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(out.transpose(1, 2).flatten(2))  # [b, n, c]
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(x.transpose(1, 2).flatten(2))  # [b, n, c]
 
 # %% ../nbs/02_siglip.ipynb #fb614c4c
 class SiglipMLP(nn.Module):
@@ -85,7 +89,7 @@ class SiglipMLP(nn.Module):
 
 # %% ../nbs/02_siglip.ipynb #0e3354e7
 class SiglipEncoderLayer(nn.Module):
-    "Pre-norm transformer block: attention mixes the tokens, the MLP works on each, and both are added to their input."
+    "Pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x))."
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -100,10 +104,11 @@ class SiglipEncoderLayer(nn.Module):
 
 # %% ../nbs/02_siglip.ipynb #4261051e
 class SiglipEncoder(nn.Module):
-    "The stack of layers; a module of its own because the published keys say `encoder.layers.0…`."
+    "The layers, one after the other. Published keys say `encoder.layers.0…`."
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
-        self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, x: Tensor, # [b, n, c]
     ) -> Tensor: # [b, n, c]
@@ -112,7 +117,7 @@ class SiglipEncoder(nn.Module):
 
 # %% ../nbs/02_siglip.ipynb #00d1d346
 class SiglipVisionTransformer(nn.Module):
-    "SigLIP's picture encoder as PaliGemma uses it: one vector for each patch, no pooling. arXiv 2303.15343."
+    "SigLIP's picture encoder without its pooling: a vector for each patch. arXiv 2303.15343."
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
         self.config = config
