@@ -27,6 +27,6 @@ setup(
     extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
-        "nbdev": [f"{package} = {package}._modidx:d"],  # lets nbdev turn `names` in prose into links
+        "nbdev": [f"{package} = {package}._modidx:d"],  # for links from `names` in prose
     },
 )

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 MANY = 60  # seconds of a processor; more is said, and is no failure: processors differ
-# A notebook that waits for ever takes no processor time, so its limit is in seconds of wall time.
-# The slowest takes a minute: a slow and busy machine stays far below half an hour.
+# A notebook that waits for ever takes no processor time, so its limit is in seconds of wall
+# time. The slowest takes a minute: a slow and busy machine stays far below half an hour.
 HANG = float(os.environ.get("NOTEBOOK_HANG", 30 * 60))
 
 

@@ -1,4 +1,6 @@
-"Render index.ipynb as README.md, with its pictures in nbs/images. --check: write nothing, say whether they are current."
+"""Render index.ipynb as README.md, with its pictures in nbs/images.
+
+--check: write nothing, say whether they are current."""
 import sys
 from pathlib import Path
 
@@ -11,13 +13,15 @@ images = root/"nbs"/"images"
 
 def render() -> dict[Path, bytes]:
     "Each file of the rendered page with its content"
-    resources = {"unique_key": "README", "output_files_dir": "nbs/images"}  # pictures: nbs/images/README_<cell>_<n>.png
+    # pictures are named nbs/images/README_<cell>_<n>.png
+    resources = {"unique_key": "README", "output_files_dir": "nbs/images"}
     nb = nbformat.read(root/"index.ipynb", as_version=4)
     nb.metadata.language_info = {"name": "python"}  # nbdev_clean drops it, code fences want it
     text, resources = MarkdownExporter().from_notebook_node(nb, resources=resources)
     pages = {root/"README.md": text.strip().encode() + b"\n"}
     # a picture is there in two formats, of which the page shows one
-    return pages | {root/name: data for name, data in resources["outputs"].items() if name in text}
+    pictures = resources["outputs"].items()
+    return pages | {root/name: data for name, data in pictures if name in text}
 
 
 def main() -> None:
@@ -28,8 +32,8 @@ def main() -> None:
         for path, data in files.items(): path.write_bytes(data)
         for path in left: path.unlink()
         return
-    stale = [p for p, data in files.items() if not p.exists() or p.read_bytes() != data] + sorted(left)
-    if stale:
+    stale = [p for p, data in files.items() if not p.exists() or p.read_bytes() != data]
+    if stale := stale + sorted(left):
         names = ", ".join(str(p.relative_to(root)) for p in stale)
         sys.exit(f"Not what index.ipynb renders to: {names}. Run: python .ci/readme.py")
 
