@@ -3,20 +3,19 @@
 A small interpreter follows measured times from the clock through names, functions and
 containers. Printing them is fine, asserting on them is not, and a count beside a time stays a
 count. In place of a value it computes what is measured of it: False (nothing), True (all),
-`Parts` (some parts of a container), `Function` (what can be called) or `Module`. It does not
-follow attributes of a file's own classes, nor containers that are changed under a second name.
+`Items` (of a container's elements), `Function` or `Module`. It does not follow attributes of a
+file's own classes, `global` names, nor containers that are changed under a second name.
 """
 import ast
-import itertools
-from dataclasses import dataclass
+from collections import ChainMap
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import repeat
 from pathlib import Path
 
-CLOCKS = {
-    "time": {"time", "perf_counter", "process_time", "thread_time", "monotonic"},
-    "timeit": {"timeit", "repeat", "default_timer"},
-    "os": {"times"},
-}
-CLOCKS["time"] |= {name + "_ns" for name in CLOCKS["time"]}
+CLOCKS = {"timeit": {"timeit", "repeat", "default_timer"}, "os": {"times"},
+          "time": {name + end for end in ("", "_ns") for name in
+                   ("time", "perf_counter", "process_time", "thread_time", "monotonic")}}
 METHODS = {"timeit", "blocked_autorange", "elapsed_time", "cpu_times"}  # of whatever object
 FIELDS = {"ru_utime", "ru_stime"}
 CHOICES = {"kernels", "can_pack", "int4_pays"}  # a probe chooses a way; each way must be right
@@ -27,19 +26,14 @@ SHORTEST = 600  # seconds: a busy machine may reach a time limit below
 
 # --- what is measured of a value
 
-@dataclass(frozen=True)
-class Parts:
-    parts: tuple = ()         # of (key, value); None: of elements whose key is not known
-    is_mapping: bool = False  # iterating over it gives the keys
-
-    @classmethod
-    def of(cls, parts: dict, is_mapping=False): return cls(tuple(parts.items()), is_mapping)
+class Items(dict): "By key; None stands for elements whose key is not known"
+class Mapping(Items): "Iterating over it gives the keys"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Function:
     node: ast.AST | None = None  # a def or a lambda; None: a clock
-    scope: object = None
+    scope: ChainMap | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -48,60 +42,30 @@ class Module:
 
 
 def is_measured(value):
-    if isinstance(value, Parts): return any(is_measured(part) for _, part in value.parts)
-    return value is True
+    return value is True or isinstance(value, Items) and any(map(is_measured, value.values()))
 
 
 def join(*values):
     "Of something that may be any of the values"
-    values = [v for v in values if v is not False]
-    if not values: return False
-    if True in values: return True
-    containers = [v for v in values if isinstance(v, Parts)]
-    if not containers: return values[0]
-    keys = dict.fromkeys(key for v in containers for key, _ in v.parts)
-    parts = {key: join(*(dict(v.parts).get(key, False) for v in containers)) for key in keys}
-    return Parts.of(parts, containers[0].is_mapping)
-
-
-def elements(value):
-    "Of any element"
-    if not isinstance(value, Parts): return value is True
-    return join(*(part for _, part in value.parts))
+    if any(value is True for value in values): return True
+    containers = [v for v in values if isinstance(v, Items)]
+    if not containers: return next((v for v in values if v is not False), False)
+    keys = dict.fromkeys(key for v in containers for key in v)
+    kind = type(containers[0])
+    return kind({key: join(*(v.get(key, False) for v in containers)) for key in keys})
 
 
 def element(value, key):
-    if not isinstance(value, Parts): return value is True
-    parts = dict(value.parts)
-    if isinstance(key, int) and key < 0 and None not in parts: key += len(parts)
-    return join(parts.get(key, False), parts.get(None, False))
+    if not isinstance(value, Items): return value is True
+    if isinstance(key, int) and key < 0 and None not in value: key += len(value)
+    return join(value.get(key, False), value.get(None, False))
 
 
-def is_defined(value): return isinstance(value, Function) and value.node is not None
-def is_keys(value): return isinstance(value, Parts) and value.is_mapping
-def iterated(value): return False if is_keys(value) else elements(value)
-def some(value, is_mapping=False): return Parts.of({None: value}, is_mapping)
-def items(value): return some(Parts.of({0: False, 1: value}))
-
-
-class Scope:
-    def __init__(self, parent=None):
-        self.names, self.parent, self.outer, self.results = {}, parent, set(), []
-
-    def owner(self, name):
-        scope = self.parent if name in self.outer and self.parent else self
-        while scope and name not in scope.names: scope = scope.parent
-        return scope
-
-    def get(self, name): return owner.names[name] if (owner := self.owner(name)) else False
-
-    def set(self, name, value):
-        scope = self.owner(name) if name in self.outer else self
-        (scope or self).names[name] = value
-
-    def add(self, name, value):  # to what the name stands for already
-        names = (self.owner(name) or self).names
-        names[name] = join(names.get(name, False), value)
+def elements(value):
+    return join(*value.values()) if isinstance(value, Items) else value is True
+def iterated(value): return False if isinstance(value, Mapping) else elements(value)
+def some(value): return Items({None: value})
+def pairs(value): return some(Items(enumerate((False, value))))
 
 
 class Interpreter:
@@ -110,50 +74,45 @@ class Interpreter:
     # --- expressions
 
     def value(self, node, scope):
-        method = getattr(self, "value_" + type(node).__name__, None)
-        if method: return method(node, scope)
+        method = getattr(self, "value_" + type(node).__name__, self.value_of_children)
+        return method(node, scope)
+
+    def value_of_children(self, node, scope):
         children = [self.value(child, scope) for child in ast.iter_child_nodes(node)]
         return any(map(is_measured, children))
 
-    def value_Name(self, node, scope): return scope.get(node.id)
+    def value_Name(self, node, scope): return scope.get(node.id, False)
     def value_Lambda(self, node, scope): return Function(node, scope)
     def value_Starred(self, node, scope): return self.value(node.value, scope)
 
     def value_NamedExpr(self, node, scope):
-        value = self.value(node.value, scope)
-        self.bind(node.target, value, scope)
-        return value
+        self.bind(node.target, self.value(node.value, scope), scope)
+        return self.value(node.target, scope)
 
     def value_Attribute(self, node, scope):
         base = self.value(node.value, scope)
         if node.attr in FIELDS: return True
         clocks = CLOCKS.get(base.name, METHODS) if isinstance(base, Module) else METHODS
-        if node.attr in clocks: return Function()
-        return element(base, node.attr)
+        return Function() if node.attr in clocks else element(base, node.attr)
 
     def value_Subscript(self, node, scope):
-        base = self.value(node.value, scope)
-        if self.value(node.slice, scope) is True: return True
-        if isinstance(node.slice, ast.Slice): return base
+        base, key = self.value(node.value, scope), self.value(node.slice, scope)
+        if key is True or isinstance(node.slice, ast.Slice): return key is True or base
         try: return element(base, ast.literal_eval(node.slice))
         except (ValueError, TypeError): return elements(base)
 
     def value_List(self, node, scope):
         values = [self.value(item, scope) for item in node.elts]
         starred = [isinstance(item, ast.Starred) for item in node.elts]
-        if not any(starred): return Parts.of(dict(enumerate(values)))
+        if not any(starred): return Items(enumerate(values))
         return some(join(*(iterated(v) if star else v for v, star in zip(values, starred))))
     value_Tuple = value_List
 
     def value_Dict(self, node, scope):
-        whole = False
-        for key, item in zip(node.keys, node.values):
-            value = self.value(item, scope)
-            if key is not None:
-                name = key.value if isinstance(key, ast.Constant) else None
-                value = Parts.of({name: value}, is_mapping=True)
-            whole = join(whole, value)  # without a key: **value
-        return whole
+        names = [getattr(key, "value", None) for key in node.keys]
+        values = [self.value(item, scope) for item in node.values]
+        return join(*(Mapping({name: value}) if key else value  # without a key: **value
+                      for key, name, value in zip(node.keys, names, values)))
 
     def value_Compare(self, node, scope):
         sides = [self.value(side, scope) for side in (node.left, *node.comparators)]
@@ -166,30 +125,22 @@ class Interpreter:
         if is_measured(self.value(node.test, scope)): return True
         return join(self.value(node.body, scope), self.value(node.orelse, scope))
 
-    def comprehension(self, node, scope, *parts):
-        "Whether the clock chooses the elements, then the parts of one"
-        inner, chosen = Scope(scope), False
+    def value_ListComp(self, node, scope):
+        inner, chosen = scope.new_child(), False
         for loop in node.generators:
             self.bind(loop.target, iterated(self.value(loop.iter, inner)), inner)
             chosen |= any([is_measured(self.value(test, inner)) for test in loop.ifs])
-        return chosen, *(self.value(part, inner) for part in parts)
-
-    def value_ListComp(self, node, scope):
-        chosen, value = self.comprehension(node, scope, node.elt)
-        return chosen or some(value)
-    value_SetComp = value_GeneratorExp = value_ListComp
-
-    def value_DictComp(self, node, scope):
-        chosen, key, value = self.comprehension(node, scope, node.key, node.value)
-        return chosen or is_measured(key) or some(value, is_mapping=True)
+        if isinstance(node, ast.DictComp):
+            chosen |= is_measured(self.value(node.key, inner))
+            return chosen or Mapping({None: self.value(node.value, inner)})
+        return chosen or some(self.value(node.elt, inner))
+    value_SetComp = value_GeneratorExp = value_DictComp = value_ListComp
 
     def value_Yield(self, node, scope):
-        scope.results.append(some(node.value is not None and self.value(node.value, scope)))
+        value = node.value is not None and self.value(node.value, scope)
+        self.result(some(value) if isinstance(node, ast.Yield) else value, scope)
         return False
-
-    def value_YieldFrom(self, node, scope):
-        scope.results.append(self.value(node.value, scope))
-        return False
+    value_YieldFrom = value_Yield
 
     # --- calls
 
@@ -197,102 +148,140 @@ class Interpreter:
         args = [self.value(arg, scope) for arg in node.args]
         kwargs = {k.arg: self.value(k.value, scope) for k in node.keywords}
         self.check_call(node, [*args, *kwargs.values()])
-        if isinstance(node.func, ast.Name) and node.func.id in CHOICES: return False
+        if getattr(node.func, "id", "") in CHOICES: return False
         function = self.value(node.func, scope)
         if isinstance(function, Function): return self.call(function, args, kwargs, node)
-        if isinstance(node.func, ast.Attribute):
-            base = self.value(node.func.value, scope)
-            return self.call_method(node, base, args, kwargs, scope)
-        return self.call_builtin(node, getattr(node.func, "id", ""), args, kwargs, scope)
+        is_method = isinstance(node.func, ast.Attribute)
+        call = self.call_method if is_method else self.call_builtin
+        return call(node, args, kwargs, scope)
 
-    def call_method(self, node, base, args, kwargs, scope):
-        name = node.func.attr
-        if name in ("append", "add", "insert", "setdefault", "extend", "update"):
-            if not args: return False
-            new = some(args[-1])
-            if name == "extend": new = some(iterated(args[0]))
-            if name == "update": new = args[0]
-            self.put(node.func.value, new, scope)
-            return name == "setdefault" and elements(base)
-        if name == "keys": return False
-        if name == "values": return some(elements(base))
-        if name == "items": return items(elements(base))
-        if name == "copy": return base
-        if name in ("get", "pop") and node.args and isinstance(node.args[0], ast.Constant):
-            return join(element(base, node.args[0].value), *args[1:])
-        return is_measured(base) or self.mix(args, kwargs)
+    def call_method(self, node, args, kwargs, scope):
+        base = self.value(node.func.value, scope)
+        match node.func.attr, args:
+            case "append" | "add" | "insert" | "setdefault", [*_, new]:
+                self.put(node.func.value, some(new), scope)
+                return elements(base) if node.func.attr == "setdefault" else False
+            case "extend", [new]: self.put(node.func.value, some(iterated(new)), scope)
+            case "update", [new]: self.put(node.func.value, new, scope)
+            case "keys", []: return False
+            case "values", []: return some(elements(base))
+            case "items", []: return pairs(elements(base))
+            case "copy", []: return base
+            case "get" | "pop", [_, *default] if isinstance(node.args[0], ast.Constant):
+                return join(element(base, node.args[0].value), *default)
+            case _: return is_measured(base) or self.mix(args, kwargs)
+        return False
 
-    def call_builtin(self, node, name, args, kwargs, scope):
-        if name in ("len", "isinstance", "type", "print", "id", "display"): return False
-        if name == "dict": return join(*args, Parts.of(kwargs, is_mapping=True))
-        if name in ("list", "tuple", "sorted", "reversed", "set", "iter") and len(args) == 1:
-            return False if is_keys(args[0]) else args[0]
-        if name in ("min", "max") and args:
-            for keyword in node.keywords:  # key=times.get: the clock chooses
-                chooser = keyword.value if keyword.arg == "key" else None
-                if isinstance(chooser, ast.Attribute):
-                    if is_measured(self.value(chooser.value, scope)): return True
-            return iterated(args[0]) if len(args) == 1 else join(*args)
-        if name == "next" and args: return join(iterated(args[0]), *args[1:])
-        if name == "enumerate" and args: return items(iterated(args[0]))
-        if name == "zip" and args:
-            if not isinstance(node.args[0], ast.Starred):
-                return some(Parts.of(dict(enumerate(map(iterated, args)))))
-            row = iterated(args[0])  # zip(*rows) gives columns
-            if not isinstance(row, Parts): return some(row)
-            return Parts.of({key: some(part) for key, part in row.parts})
-        if name == "map" and args and isinstance(args[0], Function):
-            return some(self.call(args[0], list(map(iterated, args[1:])), {}, node))
+    def call_builtin(self, node, args, kwargs, scope):
+        match getattr(node.func, "id", ""), args:
+            case "len" | "isinstance" | "type" | "print" | "id" | "display", _: return False
+            case "dict", _: return join(*args, Mapping(kwargs))
+            case "list" | "tuple" | "sorted" | "reversed" | "set" | "iter", [whole]:
+                return False if isinstance(whole, Mapping) else whole
+            case "min" | "max", [whole, *others]:
+                keys = [k.value for k in node.keywords if k.arg == "key"]
+                if any(is_measured(self.value(key.value, scope)) for key in keys
+                       if isinstance(key, ast.Attribute)): return True  # the clock chooses
+                return join(whole, *others) if others else iterated(whole)
+            case "next", [whole, *default]: return join(iterated(whole), *default)
+            case "enumerate", [whole, *_]: return pairs(iterated(whole))
+            case "zip", [rows] if isinstance(node.args[0], ast.Starred):  # gives columns
+                row = iterated(rows)
+                columns = row.items() if isinstance(row, Items) else [(None, row)]
+                return Items({key: some(part) for key, part in columns})
+            case "zip", _: return some(Items(enumerate(map(iterated, args))))
+            case "map", [Function() as function, *rows]:
+                return some(self.call(function, list(map(iterated, rows)), {}, node))
         return self.mix(args, kwargs)
 
     def mix(self, args, kwargs):
         "The result of a function that is not known; it may call the functions that it gets"
-        def result(v): return self.call(v, [], {}, v.node) if is_defined(v) else v
-        return any([is_measured(result(v)) for v in (*args, *kwargs.values())])
+        values = [self.call(v, [], {}, v.node) if is_defined(v) else v
+                  for v in (*args, *kwargs.values())]
+        return any(map(is_measured, values))
 
     def call(self, function, args, kwargs, site):
         if function.node is None: return True  # a clock
-        key = function, tuple(args), tuple(kwargs.items())
+        key = function, repr((args, kwargs))
         if key in self.known: return self.known[key]
         if self.depth == DEEPEST: return any(map(is_measured, (*args, *kwargs.values())))
         self.known[key] = False  # for a function that calls itself
-        node, scope = function.node, Scope(function.scope)
-        names = [p.arg for p in (*node.args.posonlyargs, *node.args.args)]
-        scope.names |= dict.fromkeys([*names, *(p.arg for p in node.args.kwonlyargs)], False)
+        node, scope = function.node, function.scope.new_child()
+        names, spread = [p.arg for p in (*node.args.posonlyargs, *node.args.args)], args
         passed = site.args if isinstance(site, ast.Call) else []
-        is_spread = any(isinstance(arg, ast.Starred) for arg in passed)
-        given = itertools.repeat(join(*map(elements, args))) if is_spread else args
-        scope.names |= dict(zip(names, given))
-        if rest := node.args.vararg: scope.names[rest.arg] = some(join(*args[len(names):]))
-        if rest := node.args.kwarg: scope.names[rest.arg] = some(join(*kwargs.values()), True)
-        scope.names |= {k: v for k, v in kwargs.items() if k in scope.names}
+        if any(isinstance(arg, ast.Starred) for arg in passed):
+            spread = repeat(join(*map(elements, args)))
+        scope |= dict.fromkeys([*names, *(p.arg for p in node.args.kwonlyargs)], False)
+        scope |= dict(zip(names, spread))
+        scope |= {k: v for k, v in kwargs.items() if k in scope.maps[0]}
+        if rest := node.args.vararg: scope[rest.arg] = some(join(*args[len(names):]))
+        if rest := node.args.kwarg: scope[rest.arg] = Mapping({None: join(*kwargs.values())})
         self.depth += 1
-        if isinstance(node, ast.Lambda): scope.results.append(self.value(node.body, scope))
+        if isinstance(node, ast.Lambda): self.result(self.value(node.body, scope), scope)
         else: self.run(node.body, scope)
         self.depth -= 1
-        self.known[key] = join(*scope.results)
+        self.known[key] = scope.maps[0].get("return", False)
         return self.known[key]
+
+    def result(self, value, scope):
+        scope["return"] = join(scope.maps[0].get("return", False), value)
 
     # --- statements
 
     def run(self, body, scope):
-        for node in body:
-            getattr(self, "run_" + type(node).__name__, self.run_other)(node, scope)
+        for node in body: self.statement(node, scope)
 
-    def run_other(self, node, scope):
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.expr): self.value(child, scope)
+    def statement(self, node, scope):
+        match node:
+            case ast.Assign() | ast.AnnAssign(value=ast.expr()):
+                value = self.value(node.value, scope)
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                for target in targets: self.bind(target, value, scope)
+            case ast.AugAssign(): self.put(node.target, self.value(node.value, scope), scope)
+            case ast.If(): self.branch(node, scope)
+            case ast.While():
+                for _ in range(2): self.branch(node, scope)  # a round may use the one before
+            case ast.For():
+                value = iterated(self.value(node.iter, scope))
+                for _ in range(2):
+                    self.bind(node.target, value, scope)
+                    self.branches(scope, node.body, [])
+                self.run(node.orelse, scope)
+            case ast.With():
+                for item in node.items:
+                    value = self.value(item.context_expr, scope)
+                    if item.optional_vars: self.bind(item.optional_vars, value, scope)
+                self.run(node.body, scope)
+            case ast.Try():
+                handlers = ([*node.body, *handler.body] for handler in node.handlers)
+                self.branches(scope, [*node.body, *node.orelse], *handlers)
+                self.run(node.finalbody, scope)
+            case ast.FunctionDef(): scope[node.name] = Function(node, scope)
+            case ast.ClassDef(): self.run(node.body, scope.new_child())
+            case ast.Return(value=ast.expr() as value):
+                self.result(self.value(value, scope), scope)
+            case ast.Import():
+                scope |= {a.asname or a.name: Module(a.name) for a in node.names}
+            case ast.ImportFrom():
+                names = package_module(node.module or "")
+                names = names | dict.fromkeys(CLOCKS.get(node.module, ()), Function())
+                scope |= {a.asname or a.name: names.get(a.name, False) for a in node.names}
+            case ast.Assert():
+                if is_measured(self.value(node.test, scope)): self.report(node)
+            case _: self.value_of_children(node, scope)
 
     def put(self, target, value, scope):
-        "Into the container that `a`, `a.b` or `a[b]` stands for"
+        "Into the container, or the sum, that `a`, `a.b` or `a[b]` stands for"
         while isinstance(target, (ast.Subscript, ast.Attribute)):
             key = getattr(target, "attr", None) or getattr(target.slice, "value", None)
             known = isinstance(key, (str, int))
-            target, value = target.value, Parts.of({key if known else None: value}, True)
-        if isinstance(target, ast.Name) and is_measured(value): scope.add(target.id, value)
+            target, value = target.value, Mapping({key if known else None: value})
+        if not isinstance(target, ast.Name) or not is_measured(value): return
+        owner = next((names for names in scope.maps if target.id in names), scope)
+        owner[target.id] = join(owner.get(target.id, False), value)
 
     def bind(self, target, value, scope):
-        if isinstance(target, ast.Name): scope.set(target.id, value)
+        if isinstance(target, ast.Name): scope[target.id] = value
         elif isinstance(target, ast.Starred): self.bind(target.value, some(value), scope)
         elif isinstance(target, (ast.Subscript, ast.Attribute)): self.put(target, value, scope)
         else:
@@ -300,87 +289,34 @@ class Interpreter:
             for i, t in enumerate(target.elts):
                 self.bind(t, element(value, i) if known else iterated(value), scope)
 
-    def run_Assign(self, node, scope):
-        value = self.value(node.value, scope)
-        for target in node.targets: self.bind(target, value, scope)
-
-    def run_AnnAssign(self, node, scope):
-        if node.value: self.bind(node.target, self.value(node.value, scope), scope)
-
-    def run_AugAssign(self, node, scope):
-        value = self.value(node.value, scope)
-        if isinstance(node.target, ast.Name): scope.add(node.target.id, value)
-        else: self.put(node.target, value, scope)
-
     def branches(self, scope, *bodies):
-        before, after = scope.names, []
+        before, after = scope.maps[0], []
         for body in bodies:
-            scope.names = dict(before)
+            scope.maps[0] = dict(before)
             self.run(body, scope)
-            after.append(scope.names)
+            after.append(scope.maps[0])
         names = dict.fromkeys(name for branch in after for name in branch)
-        scope.names = {name: join(*(b.get(name, False) for b in after)) for name in names}
+        scope.maps[0] = {name: join(*(b.get(name, False) for b in after)) for name in names}
 
-    def run_If(self, node, scope):
+    def branch(self, node, scope):
         if is_measured(self.value(node.test, scope)) and any(map(can_fail, ast.walk(node))):
             self.report(node.test)
         self.branches(scope, node.body, node.orelse)
-
-    def run_For(self, node, scope):
-        value = iterated(self.value(node.iter, scope))
-        for _ in range(2):  # what the first round measures, the second one may use
-            self.bind(node.target, value, scope)
-            self.branches(scope, node.body, [])
-        self.run(node.orelse, scope)
-
-    def run_While(self, node, scope):
-        for _ in range(2): self.run_If(node, scope)
-
-    def run_With(self, node, scope):
-        for item in node.items:
-            value = self.value(item.context_expr, scope)
-            if item.optional_vars: self.bind(item.optional_vars, value, scope)
-        self.run(node.body, scope)
-
-    def run_Try(self, node, scope):
-        handlers = ([*node.body, *handler.body] for handler in node.handlers)
-        self.branches(scope, [*node.body, *node.orelse], *handlers)
-        self.run(node.finalbody, scope)
-
-    def run_FunctionDef(self, node, scope): scope.set(node.name, Function(node, scope))
-    def run_ClassDef(self, node, scope): self.run(node.body, Scope(scope))
-
-    def run_Global(self, node, scope): scope.outer |= set(node.names)
-    run_Nonlocal = run_Global
-
-    def run_Return(self, node, scope):
-        scope.results.append(node.value is not None and self.value(node.value, scope))
-
-    def run_Import(self, node, scope):
-        for alias in node.names: scope.set(alias.asname or alias.name, Module(alias.name))
-
-    def run_ImportFrom(self, node, scope):
-        for alias in node.names:
-            value = Function() if alias.name in CLOCKS.get(node.module, ()) else False
-            if (node.module or "").startswith("paligemma_nb."):
-                value = package_module(node.module).get(alias.name)
-            scope.set(alias.asname or alias.name, value)
 
     # --- verdicts
 
     def report(self, node): self.found[node.lineno] = ast.unparse(node)
 
-    def run_Assert(self, node, scope):
-        if is_measured(self.value(node.test, scope)): self.report(node)
-
     def check_call(self, node, values):
         name = ast.unparse(node.func).split(".")[-1]
         checks = name.startswith(("assert_", "test_"))
-        if checks and any(map(is_measured, values)): self.report(node)
-        for keyword in node.keywords:
-            limit = getattr(keyword.value, "value", None)
-            if keyword.arg in ("timeout", "deadline") and isinstance(limit, (int, float)):
-                if limit < SHORTEST: self.report(node)
+        limits = [getattr(keyword.value, "value", None) for keyword in node.keywords
+                  if keyword.arg in ("timeout", "deadline")]
+        short = any(isinstance(n, (int, float)) and n < SHORTEST for n in limits)
+        if checks and any(map(is_measured, values)) or short: self.report(node)
+
+
+def is_defined(value): return isinstance(value, Function) and value.node is not None
 
 
 def can_fail(node):
@@ -388,22 +324,18 @@ def can_fail(node):
     return isinstance(node, ast.Call) and ast.unparse(node.func) in ("pytest.fail", "sys.exit")
 
 
-MODULES = {}
-
-
+@cache
 def package_module(name):
     "The names of a module of the package; nothing is measured where nothing asks a clock"
-    if name not in MODULES:
-        MODULES[name] = Scope()
-        path = PACKAGE/f"{name.split('.')[1]}.py"
-        text = path.read_text() if path.exists() else ""
-        if "import time" in text: Interpreter().run(ast.parse(text).body, MODULES[name])
-    return MODULES[name]
+    path, names = PACKAGE/f"{name.split('.')[-1]}.py", ChainMap()
+    text = path.read_text() if name.startswith("paligemma_nb.") and path.exists() else ""
+    if "import time" in text: Interpreter().run(ast.parse(text).body, names)
+    return dict(names)
 
 
 def clock_verdicts(source: str) -> list[str]:
     "A program's asserts that depend on a measured time, and its calls with a short time limit"
-    tree, interpreter, scope = ast.parse(source), Interpreter(), Scope()
+    tree, interpreter, scope = ast.parse(source), Interpreter(), ChainMap()
     interpreter.run(tree.body, scope)
     for node in ast.walk(tree):  # tests, and what else this file does not call
         if isinstance(node, ast.FunctionDef):
