@@ -32,7 +32,8 @@ def write_middle(folder):
 def write_full_size(size, folder, num_layers=None):
     "The published sizes, written by transformers: nothing of ours has touched the file."
     from transformers import PaliGemmaConfig as TheirConfig, PaliGemmaForConditionalGeneration
-    from paligemma_nb.gemma import Gemma2Config, GemmaConfig
+    from paligemma_nb.gemma import GemmaConfig
+    from paligemma_nb.gemma2 import Gemma2Config
     from paligemma_nb.paligemma import PaliGemmaConfig
     from paligemma_nb.siglip import SiglipVisionConfig
     processor = wide_processor()

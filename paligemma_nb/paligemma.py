@@ -4,41 +4,47 @@
 
 # %% auto #0
 __all__ = ['PaliGemmaConfig', 'PaliGemmaMultiModalProjector', 'merge_image_features', 'prefix_lm_mask', 'decoder_mask',
-           'sliding_window_mask', 'suffix_loss', 'GemmaForCausalLM', 'PaliGemmaOutput',
-           'PaliGemmaForConditionalGeneration']
+           'suffix_loss', 'PaliGemmaOutput', 'PreTrainedModel', 'PaliGemmaForConditionalGeneration']
 
 # %% ../nbs/07_paligemma.ipynb #69f169e7
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .gemma import Gemma2Config, GemmaConfig, GemmaModel, soft_cap
+from .gemma import GemmaConfig, GemmaDecoderLayer, GemmaForCausalLM
+from .gemma2 import Gemma2Config, Gemma2ForCausalLM
 from .kv_cache import KVCache
-from .siglip import SiglipVisionConfig, SiglipVisionModel
+from .siglip import SiglipEncoderLayer, SiglipVisionConfig, SiglipVisionModel
 
 # %% ../nbs/07_paligemma.ipynb #e071a770
 def _from_section(cls, section: str, d: dict):
-    "A config dataclass from its section of `config.json`: unknown keys are passed over, missing sizes are an error."
+    "Reads a config dataclass from a section of `config.json`; ignores keys it does not know."
     names = {f.name for f in dataclasses.fields(cls)}
     required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
-    if missing := sorted(required - d.keys()): raise ValueError(f"{section} of the config lacks {', '.join(missing)}")
+    if missing := sorted(required - d.keys()):
+        raise ValueError(f"{section} of the config lacks {', '.join(missing)}")
     act = d.get("hidden_activation") or d.get("hidden_act") or "gelu_pytorch_tanh"
-    if act not in ("gelu", "gelu_fast", "gelu_pytorch_tanh"):  # in a published PaliGemma all three mean the tanh form
+    # in a published PaliGemma all three mean the tanh form
+    if act not in ("gelu", "gelu_fast", "gelu_pytorch_tanh"):
         raise ValueError(f"{section}: expected a tanh-GELU, got {act!r}")
     return cls(**{k: v for k, v in d.items() if k in names})
 
 
 def _to_sections(vision: SiglipVisionConfig, text: GemmaConfig, pad_token_id: int) -> dict:
-    "config.json but for ids, as transformers 5 spells it; much is the same for all of them."
-    text_section = dataclasses.asdict(text) | dict(
-        model_type=text.model_type, hidden_activation="gelu_pytorch_tanh", pad_token_id=pad_token_id,
-        rope_parameters=dict(rope_theta=text.rope_theta, rope_type="default"), num_image_tokens=vision.num_image_tokens)
-    del text_section["rope_theta"]
+    "A `config.json` as transformers 5 spells it, without the ids of the whole model."
+    text_section, act = dataclasses.asdict(text), "gelu_pytorch_tanh"
+    rope = dict(rope_theta=text_section.pop("rope_theta"), rope_type="default")
+    text_section |= dict(
+        model_type=text.model_type, hidden_activation=act, pad_token_id=pad_token_id,
+        rope_parameters=rope, num_image_tokens=vision.num_image_tokens)
     vision_section = dataclasses.asdict(vision) | dict(
-        model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh", vision_use_head=False,
+        model_type="siglip_vision_model", hidden_act=act, vision_use_head=False,
         projection_dim=text.hidden_size)
     return dict(architectures=["PaliGemmaForConditionalGeneration"], model_type="paligemma",
                 tie_word_embeddings=True, hidden_size=text.hidden_size,
@@ -46,13 +52,16 @@ def _to_sections(vision: SiglipVisionConfig, text: GemmaConfig, pad_token_id: in
                 vision_config=vision_section)
 
 # %% ../nbs/07_paligemma.ipynb #4b6af97b
+_DECODERS = {GemmaConfig: GemmaForCausalLM, Gemma2Config: Gemma2ForCausalLM}
+
+
 def _read_text(section: dict) -> GemmaConfig:
     text, kind = dict(section), section.get("model_type", "gemma")
-    text_class = next((c for c in (GemmaConfig, Gemma2Config) if c.model_type == kind), None)
+    text_class = next((c for c in _DECODERS if c.model_type == kind), None)
     if text_class is None:
         raise ValueError("expected a text_config of model_type 'gemma' or 'gemma2', "
                          f"got {kind!r}")
-    if kind == "gemma2":  # its hidden_act means nothing
+    if kind == "gemma2":  # there hidden_act has no meaning
         text.setdefault("hidden_activation", "gelu_pytorch_tanh")
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
@@ -64,7 +73,7 @@ def _read_text(section: dict) -> GemmaConfig:
 _IDS = "image_token_index", "pad_token_id", "bos_token_id", "eos_token_id"
 
 def _as_ids(name: str, value: int | list[int]) -> list[int]:
-    "ValueError unless it is an id or, for `eos_token_id`, a list of some."
+    "Raises ValueError unless it is an id or, for `eos_token_id`, a list of ids."
     several = name == "eos_token_id"
     ids = value if several and isinstance(value, list) else [value]
     if not ids or any(type(i) is not int for i in ids):
@@ -77,13 +86,12 @@ def _as_ids(name: str, value: int | list[int]) -> list[int]:
 class PaliGemmaConfig:
     "Sizes of the whole model, as in the published `config.json`."
     vision_config: SiglipVisionConfig
-    text_config: GemmaConfig  # or Gemma2Config
-    image_token_index: int  # id of `<image>`
+    text_config: GemmaConfig  # or Gemma2Config, for a PaliGemma 2
+    image_token_index: int    # the id of the image token
     pad_token_id: int = 0
     bos_token_id: int = 2
-    eos_token_id: int | list[int] = 1  # as in the file; of several, each ends an answer
-    # whose codes the model writes: 16 digits of a SHA-256, see `segmentation.mask_vae_id`
-    mask_vae: str | None = None  # None: not known, as in published files
+    eos_token_id: int | list[int] = 1  # as in the file; of several ids each ends an answer
+    mask_vae: str | None = None  # segmentation.mask_vae_id of the codes that the model writes
 
     def __post_init__(self):
         for name in _IDS: _as_ids(name, getattr(self, name))
@@ -92,8 +100,8 @@ class PaliGemmaConfig:
     def eos_token_ids(self) -> list[int]: return _as_ids("eos_token_id", self.eos_token_id)
 
     @classmethod
-    def from_dict(cls, d: dict, # the parsed `config.json`, in the spelling of transformers 4 or 5
-    ) -> "PaliGemmaConfig": # raises ValueError where a size is missing or the kind of model is another
+    def from_dict(cls, d: dict, # a parsed config.json, in the spelling of transformers 4 or 5
+    ) -> "PaliGemmaConfig": # raises ValueError for a missing size or another kind of model
         if missing := sorted({"vision_config", "text_config", "image_token_index"} - d.keys()):
             raise ValueError(f"expected a PaliGemma config, but it lacks {', '.join(missing)}")
         vision, text = d["vision_config"], d["text_config"]
@@ -102,7 +110,7 @@ class PaliGemmaConfig:
                    _read_text(text), d["image_token_index"], mask_vae=d.get("mask_vae"),
                    **{k: v for k, v in ids.items() if v is not None})
 
-    def to_dict(self) -> dict: # the content of a `config.json` that transformers opens as well
+    def to_dict(self) -> dict: # the content of a config.json, which transformers opens as well
         ids = {name: getattr(self, name) for name in _IDS}
         if self.mask_vae is not None: ids["mask_vae"] = self.mask_vae
         return _to_sections(self.vision_config, self.text_config, self.pad_token_id) | ids
@@ -112,20 +120,22 @@ class PaliGemmaMultiModalProjector(nn.Module):
     "One linear map from the vision tower's width to the decoder's."
     def __init__(self, config: PaliGemmaConfig):
         super().__init__()
-        self.linear = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+        vision, text = config.vision_config, config.text_config
+        self.linear = nn.Linear(vision.hidden_size, text.hidden_size)
 
-    def forward(self, image_features: Tensor, # [b, n, vision c]
-    ) -> Tensor: # [b, n, c]
+    def forward(self, image_features: Tensor, # [images, n, vision c]
+    ) -> Tensor: # [images, n, c]
         return self.linear(image_features)
 
 # %% ../nbs/07_paligemma.ipynb #e0e0c792
 def merge_image_features(
     embeds: Tensor,                  # [b, t, c] of the text
-    is_image: Tensor,                # bool [b, t]: True where a picture's token stands
+    is_image: Tensor,                # bool [b, t]: True at image tokens
     image_features: Tensor | None,   # [images, n, c], row by row of the batch
 ) -> Tensor: # [b, t, c]
-    "Puts pictures in their places. Raises ValueError unless each row has places for whole pictures, and all are used."
-    if not torch.compiler.is_compiling(): _check_places(is_image, image_features)
+    """Replaces the embeddings of image tokens by the pictures' features. Raises ValueError
+    unless each row has image tokens for whole pictures, and there are as many as features."""
+    _check_places(is_image, image_features)
     if image_features is None: return embeds
     if image_features.shape[2:] != embeds.shape[2:]:
         raise ValueError(f"image_features: expected [images, n, {embeds.shape[2]}], as from "
@@ -133,7 +143,8 @@ def merge_image_features(
     return embeds.masked_scatter(is_image[..., None], image_features.to(embeds.dtype))
 
 
-def _check_places(is_image, image_features): # by values, which a compiled graph cannot do
+def _check_places(is_image, image_features):
+    if torch.compiler.is_compiling(): return  # a graph cannot raise by value
     counts = is_image.sum(dim=1)
     found = int(counts.sum())
     given = 0 if image_features is None else image_features.shape[:2].numel()
@@ -145,10 +156,11 @@ def _check_places(is_image, image_features): # by values, which a compiled graph
                          f"the rows hold {counts.tolist()}")
 
 # %% ../nbs/07_paligemma.ipynb #76501a46
-def _check_marks(name, marks, shape): # ValueError unless they are of this shape, 0 and 1
+def _check_marks(name, marks, shape):
+    "Raises ValueError unless marks has this shape and holds only 0 and 1."
     if marks.shape != shape:
         raise ValueError(f"{name}: expected {list(shape)}, got {list(marks.shape)}")
-    if marks.is_floating_point(): # 0 would mean the opposite in a mask that is added to scores
+    if marks.is_floating_point(): # in a mask that is added to scores 0 means the opposite
         raise ValueError(f"{name}: expected 0 and 1 as integers or bool, got {marks.dtype}; "
                          "of an additive mask, where 0 may be seen, pass `mask == 0`")
     if marks.dtype == torch.bool or torch.compiler.is_compiling(): return
@@ -157,10 +169,13 @@ def _check_marks(name, marks, shape): # ValueError unless they are of this shape
 
 
 def prefix_lm_mask(
-    token_type_ids: Tensor,                # [b, t]: 0 prefix (sees all of the prefix), 1 suffix (sees what came before)
-    attention_mask: Tensor | None = None,  # [b, t]: 0 padding, never looked at; 1 the rest
+    token_type_ids: Tensor,                # [b, t]: 0 prefix, 1 suffix
+    attention_mask: Tensor | None = None,  # [b, t]: 0 padding, 1 the rest; None: no padding
 ) -> Tensor: # bool [b, 1, t, t]: may query i look at key j?
-    "big_vision's `make_attn_mask`: a token sees those whose running count of suffix tokens is not larger than its own."
+    """The prefix sees all of the prefix, the suffix what came before; nobody sees padding.
+
+    As in big_vision's `make_attn_mask`, a token sees those whose running count of suffix tokens
+    is at most its own."""
     _check_marks("token_type_ids", token_type_ids, token_type_ids.shape)
     if attention_mask is not None:
         _check_marks("attention_mask", attention_mask, token_type_ids.shape)
@@ -171,6 +186,7 @@ def prefix_lm_mask(
 
 # %% ../nbs/07_paligemma.ipynb #dc5c6f35
 def _check_rows(attention_mask, token_type_ids, past):
+    if torch.compiler.is_compiling(): return
     real = None if attention_mask is None else attention_mask.bool()
     if real is not None and past == 0 and not (seen := real.any(dim=1)).all():
         raise ValueError(f"attention_mask: row {seen.int().argmin()} is all padding")
@@ -186,7 +202,7 @@ def _check_rows(attention_mask, token_type_ids, past):
 def decoder_mask(
     input_ids: Tensor,              # [b, t] the new tokens
     attention_mask: Tensor | None,  # [b, past + t]: 0 padding, 1 the rest; None: no padding
-    token_type_ids: Tensor | None,  # [b, t]: 0 prefix, 1 suffix; None: all prefix, or suffix after a cache
+    token_type_ids: Tensor | None,  # [b, t]: 0 prefix, 1 suffix; None: suffix if past
     past: int = 0,                  # tokens in the cache
 ) -> Tensor | None: # bool, broadcasts to [b, 1, t, past + t]; None: everyone sees everyone
     """Raises ValueError for other shapes, for anything but 0 and 1 (or bool), for a row of
@@ -197,35 +213,21 @@ def decoder_mask(
     if attention_mask is not None:
         _check_marks("attention_mask", attention_mask, (b, past + t))
     if token_type_ids is not None: _check_marks("token_type_ids", token_type_ids, (b, t))
-    if not torch.compiler.is_compiling(): _check_rows(attention_mask, token_type_ids, past)
+    _check_rows(attention_mask, token_type_ids, past)
     if token_type_ids is None and (past == 0 or t == 1):
         return None if attention_mask is None else attention_mask[:, None, None, :].bool()
     if token_type_ids is None: token_type_ids = torch.ones_like(input_ids)
-    cached = token_type_ids.new_zeros(b, past)  # what is cached is seen by all: it counts as prefix
-    return prefix_lm_mask(torch.cat((cached, token_type_ids), dim=1), attention_mask)[:, :, past:]
-
-# %% ../nbs/07_paligemma.ipynb #2741e833
-def sliding_window_mask(
-    mask: Tensor | None,            # from `decoder_mask`
-    input_ids: Tensor,              # as for `decoder_mask`, and so are the next two
-    token_type_ids: Tensor | None,
-    past: int,
-    window: int | None,             # tokens that a suffix token sees, itself included; None: all
-) -> Tensor | None: # bool, broadcasts to [b, 1, t, past + t]; `mask` where nothing is outside the window
-    "The mask of layers that slide: the suffix sees the latest `window` tokens; as in transformers, the prefix is free."
-    n = past + input_ids.shape[1]
-    if window is None or n <= window or (token_type_ids is None and past == 0): return mask
-    places = torch.arange(n, device=input_ids.device)
-    near = places > places[past:, None] - window  # [t, past + t]
-    if token_type_ids is not None: near = near | (token_type_ids == 0)[:, None, :, None]
-    return near if mask is None else mask & near
+    cached = token_type_ids.new_zeros(b, past)  # everyone sees what is cached, as a prefix
+    types = torch.cat((cached, token_type_ids), dim=1)
+    return prefix_lm_mask(types, attention_mask)[:, :, past:]
 
 # %% ../nbs/07_paligemma.ipynb #db68cf10
 def suffix_loss(
-    logits: Tensor,  # [b, kept, v], of the last `kept` positions
+    logits: Tensor,  # [b, kept, v], of the last positions
     labels: Tensor,  # [b, t] int64 or int32, -100 where there is nothing to learn
-) -> Tensor: # scalar: mean over all suffix tokens of the batch, as transformers (big_vision averages each row first)
-    """Cross-entropy, in float32, of each position on the token that follows it.
+) -> Tensor: # scalar
+    """Cross-entropy, in float32, of each position on the token that follows it: the mean over
+    all suffix tokens of the batch, as in transformers (big_vision averages each row first).
     Raises ValueError if there is no label, if one has no logits or is no token, and for labels
     of another shape or dtype."""
     b, kept, v = logits.shape
@@ -245,25 +247,22 @@ def suffix_loss(
         if learnt.min() < 0 or learnt.max() >= v:
             raise ValueError(f"labels: expected -100 or a token 0 … {v - 1}, "
                              f"found {learnt.min()} … {learnt.max()}")
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
-
-# %% ../nbs/07_paligemma.ipynb #d54c8dc9
-class GemmaForCausalLM(nn.Module):
-    "The decoder under the published name `model`, with the output head tied to its embeddings."
-    def __init__(self, config: GemmaConfig):
-        super().__init__()
-        self.model = GemmaModel(config)
-
-    def logits(self, hidden: Tensor, # [..., c]
-    ) -> Tensor: # [..., v]
-        logits = self.model.embed_tokens.attend(hidden)
-        return soft_cap(logits, self.model.config.final_logit_softcapping)  # Gemma 2 has a cap
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
 
 # %% ../nbs/07_paligemma.ipynb #29ecf174
 @dataclass
 class PaliGemmaOutput:
+    """Also `out["logits"]`, `out[0]` and `loss, logits = out`: what is None is left out."""
     logits: Tensor               # [b, t or logits_to_keep, v]
-    loss: Tensor | None = None   # mean cross-entropy over the suffix tokens
+    loss: Tensor | None = None   # of suffix_loss; None without labels
+
+    def __iter__(self): return iter([x for x in (self.loss, self.logits) if x is not None])
+
+    def __getitem__(self, key: str | int | slice):
+        return vars(self)[key] if isinstance(key, str) else [*self][key]
+
+
+torch.export.register_dataclass(PaliGemmaOutput)  # so that the model can be exported
 
 # %% ../nbs/07_paligemma.ipynb #a759514c
 def _check_inputs(ids, v, pixel_values, image_features, kept):
@@ -298,40 +297,89 @@ def _check_labels(labels, attention_mask, token_type_ids, shape, past):
             raise ValueError(f"labels: expected -100 where {name} is 0, "
                              f"found {labels[row, place]} in row {row}, place {place}")
 
+# %% ../nbs/07_paligemma.ipynb #28233f2c
+def _checkpointed(layer, *args):
+    "The layer's forward; in training it keeps only its inputs, and runs again for gradients."
+    forward = partial(type(layer).forward, layer)
+    in_training = layer.training and torch.is_grad_enabled()
+    # a second run would fill a cache twice
+    if not in_training or any(isinstance(x, KVCache) for x in args): return forward(*args)
+    return checkpoint(forward, *args, use_reentrant=False)
+
+# %% ../nbs/07_paligemma.ipynb #28233f2f
+class PreTrainedModel(nn.Module):
+    "What users of transformers expect of every model, beside its forward pass."
+    @property
+    def device(self) -> torch.device: return self.language_model.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype: return self.language_model.model.norm.weight.dtype
+
+    def gradient_checkpointing_enable(self):
+        "Training takes less memory and about a third more time."
+        for layer in self._layers(): layer.forward = partial(_checkpointed, layer)
+
+    def gradient_checkpointing_disable(self):
+        for layer in self._layers(): vars(layer).pop("forward", None)
+
+    def _layers(self):
+        kinds = SiglipEncoderLayer, GemmaDecoderLayer
+        return [module for module in self.modules() if isinstance(module, kinds)]
+
+    def generate(self, inputs: dict | None = None, **kwargs) -> Tensor: # [b, t] new tokens
+        "`generation.generate`, with the processor's tensors as a dict or by name."
+        from paligemma_nb.generation import generate
+        tensors = {k: kwargs.pop(k) for k, x in [*kwargs.items()] if isinstance(x, Tensor)}
+        return generate(self, dict(inputs or {}, **tensors), **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, model_path: str | Path | None = None, **kwargs):
+        "The model that `load_model` opens, without its processor. The arguments are the same."
+        from paligemma_nb import load_model
+        return load_model(model_path, **kwargs)[0]
+
+    def save_pretrained(self, folder: str | Path, processor=None, **kwargs):
+        "`checkpoint.save_model`. Raises ValueError without a processor, which it saves, too."
+        from paligemma_nb.checkpoint import save_model
+        if processor is None:
+            raise ValueError("a model's folder holds its processor, too: "
+                             "model.save_pretrained(folder, processor)")
+        save_model(self, processor, folder, **kwargs)
+
 # %% ../nbs/07_paligemma.ipynb #1bd61288
-class PaliGemmaForConditionalGeneration(nn.Module):
-    "PaliGemma (arXiv 2407.07726) and PaliGemma 2 (2412.03555). Parameters are named as in the published checkpoint."
+class PaliGemmaForConditionalGeneration(PreTrainedModel):
+    "PaliGemma (arXiv 2407.07726) and PaliGemma 2 (2412.03555), with their parameters' names."
     def __init__(self, config: PaliGemmaConfig):
         super().__init__()
         self.config = config
         self.vision_tower = SiglipVisionModel(config.vision_config)
         self.multi_modal_projector = PaliGemmaMultiModalProjector(config)
-        self.language_model = GemmaForCausalLM(config.text_config)
+        self.language_model = _DECODERS[type(config.text_config)](config.text_config)
 
     def get_image_features(self, pixel_values: Tensor, # [images, 3, s, s], in [-1, 1]
-    ) -> Tensor: # [images, n, c], ready to stand in the decoder's sequence
+    ) -> Tensor: # [images, n, c], to stand in the decoder's sequence
         return self.multi_modal_projector(self.vision_tower(pixel_values))
 
     def forward(self,
-        input_ids: Tensor,                      # [b, t], with one `<image>` for each picture token
-        pixel_values: Tensor | None = None,     # [images, 3, s, s], row by row of the batch; None when decoding
-        attention_mask: Tensor | None = None,   # [b, cached + t]: 0 marks padding; None: no padding
-        token_type_ids: Tensor | None = None,   # [b, t]: 0 prefix, 1 suffix; None: all prefix, or suffix after a cache
-        labels: Tensor | None = None,           # [b, t]: the suffix's ids, -100 elsewhere
-        kv_cache: KVCache | None = None,        # filled in place
-        logits_to_keep: int = 0,                # compute logits for so many last positions only; 0: all
-        image_features: Tensor | None = None,   # [images, n, c] from `get_image_features`, instead of pixel_values
+        input_ids: Tensor,                     # [b, t], with n image tokens for each picture
+        pixel_values: Tensor | None = None,    # [images, 3, s, s], row by row of the batch
+        attention_mask: Tensor | None = None,  # [b, cached + t]: 0 padding; None: no padding
+        token_type_ids: Tensor | None = None,  # [b, t]: 0 prefix, 1 suffix; None: suffix if past
+        labels: Tensor | None = None,          # [b, t]: the suffix's ids, -100 elsewhere
+        kv_cache: KVCache | None = None,       # filled in place
+        logits_to_keep: int = 0,               # compute only the last logits; 0: all
+        image_features: Tensor | None = None,  # of get_image_features, instead of pixel_values
     ) -> PaliGemmaOutput: # raises ValueError where inputs do not fit together
-        decoder, is_image = self.language_model.model, input_ids == self.config.image_token_index
-        v, window = decoder.config.vocab_size, decoder.config.sliding_window
         past = 0 if kv_cache is None else kv_cache.length
         mask = decoder_mask(input_ids, attention_mask, token_type_ids, past)
-        words = input_ids.masked_fill(is_image, 0)  # the id of <image> may lie past the table
+        is_image = input_ids == self.config.image_token_index
+        words = input_ids.masked_fill(is_image, 0)  # the image token may lie past the table
+        v, language = self.config.text_config.vocab_size, self.language_model
         _check_inputs(words, v, pixel_values, image_features, logits_to_keep)
         _check_labels(labels, attention_mask, token_type_ids, input_ids.shape, past)
         if pixel_values is not None: image_features = self.get_image_features(pixel_values)
-        embeds = merge_image_features(decoder.embed(words), is_image, image_features)
-        sliding = sliding_window_mask(mask, input_ids, token_type_ids, past, window)
-        hidden = decoder(embeds, mask, kv_cache, sliding, logits_to_keep)
-        logits = self.language_model.logits(hidden)
+        embeds = merge_image_features(language.model.embed(words), is_image, image_features)
+        masks = language.masks(mask, input_ids, token_type_ids, past)
+        first = max(0, embeds.shape[1] - logits_to_keep) if logits_to_keep else 0
+        logits = language.logits(language.model(embeds, masks, kv_cache, first))
         return PaliGemmaOutput(logits, None if labels is None else suffix_loss(logits, labels))

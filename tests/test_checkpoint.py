@@ -24,7 +24,8 @@ import paligemma_nb
 from paligemma_nb import checkpoint
 from paligemma_nb.checkpoint import (
     FLOATS, WeightFiles, empty_model, load_model, load_weights, published_key, read_config, save_model, write_folder)
-from paligemma_nb.gemma import Gemma2Config, GemmaConfig
+from paligemma_nb.gemma import GemmaConfig
+from paligemma_nb.gemma2 import Gemma2Config
 from paligemma_nb.hub import INDEX, WEIGHTS, find_folder
 from paligemma_nb.paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma_nb.processing import PaliGemmaProcessor, train_tokenizer

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from test_checkpoint import LAYOUTS, fails, same
 
 from paligemma_nb.checkpoint import empty_model, load_model, read_config, save_model
-from paligemma_nb.gemma import Gemma2Config, GemmaConfig
+from paligemma_nb.gemma import GemmaConfig
+from paligemma_nb.gemma2 import Gemma2Config
 from paligemma_nb.kv_cache import KVCache
 from paligemma_nb.paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, sliding_window_mask
 from paligemma_nb.processing import PaliGemmaProcessor, train_tokenizer
