@@ -330,7 +330,7 @@ class PreTrainedModel(nn.Module):
         "`generation.generate`, with the processor's tensors as a dict or by name."
         from paligemma_nb.generation import generate
         tensors = {k: kwargs.pop(k) for k, x in [*kwargs.items()] if isinstance(x, Tensor)}
-        return generate(self, dict(inputs or {}, **tensors), **kwargs)
+        return generate(self, dict(**(inputs or {}), **tensors), **kwargs)
 
     @classmethod
     def from_pretrained(cls, model_path: str | Path | None = None, **kwargs):

@@ -1,5 +1,6 @@
 "Packaging, scripts, the site's sources, and the rules that every notebook and module keeps."
 import ast
+import importlib
 import json
 import os
 import re
@@ -510,34 +511,57 @@ def test_nothing_passes_or_fails_by_the_clock(path):
 
 FLOORS = {name: int(p.stem[:2]) for p in LESSONS for c in code_cells(read(p))
           for name in re.findall(r"^#\|\s*default_exp (\w+)", c.source, re.M)}
-# Methods that hand on to later notebooks: users of transformers look for them there
-FORWARDS = {"paligemma": {"generate", "from_pretrained", "save_pretrained"},
-            "processing": {"_read_folder"}}
+# Methods that users of transformers type forward to functions of later lessons; and so does
+# reading a processor's folder, where a name on the hub is given
+FORWARDING = {("processing", "_read_folder")} | {
+    ("paligemma", "PreTrainedModel", name)
+    for name in ("generate", "from_pretrained", "save_pretrained")}
 
 
-def walk(node, skip):
-    "A tree's nodes, without the functions of these names"
-    if isinstance(node, ast.FunctionDef) and node.name in skip: return
-    yield node
-    for child in ast.iter_child_nodes(node): yield from walk(child, skip)
+def nodes(tree, module, above=()):
+    "A module's syntax tree, without the bodies of the methods that forward"
+    for node in ast.iter_child_nodes(tree):
+        path = (*above, getattr(node, "name", ""))
+        if (module, *path) in FORWARDING: continue
+        yield node
+        yield from nodes(node, module, path)
 
 
-def imported(path):
-    "Names of the package's modules that a module imports"
-    for node in walk(ast.parse(path.read_text()), FORWARDS.get(path.stem, ())):
+def imported(source, module):
+    "Names of the package's modules that a module imports, also by way of the package's own names"
+    homes = importlib.import_module("paligemma_nb")._HOMES
+    for node in nodes(ast.parse(source), module):
         if isinstance(node, ast.Import): names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(filter(None, ["paligemma_nb" if node.level else "", node.module]))
             names = [f"{base}.{alias.name}" for alias in node.names]
         else: continue
-        yield from (name.split(".")[1] for name in names if name.startswith("paligemma_nb."))
+        first = (name.split(".")[1] for name in names if name.startswith("paligemma_nb."))
+        yield from (homes.get(name, name) for name in first)
 
 
 @each(MODULES)
 def test_module_imports_only_lower_floors(path):
     assert path.stem in FLOORS, "no notebook exports this module"
-    above = {name for name in imported(path) if FLOORS.get(name, 0) >= FLOORS[path.stem]}
+    names = imported(path.read_text(), path.stem)
+    above = {name for name in names if FLOORS.get(name, 0) >= FLOORS[path.stem]}
     assert not above, f"imports from its own or a later notebook: {above}"
+
+
+def test_only_three_methods_may_import_from_later_floors():
+    source = """
+class PreTrainedModel:
+    def {}(self):
+        from . import load_model
+        from .generation import generate
+"""
+    for name in ("generate", "from_pretrained", "save_pretrained"):
+        assert not [*imported(source.format(name), "paligemma")]
+        assert len([*imported(source.format(name), "siglip")]) == 2
+        other = source.format(name).replace("PreTrained", "Other")
+        assert len([*imported(other, "paligemma")]) == 2
+        assert len([*imported(source.format(name + "_"), "paligemma")]) == 2
+    assert FLOORS["paligemma"] < min(map(FLOORS.get, imported(source.format("f"), "paligemma")))
 
 
 @each(MODULES)
