@@ -103,8 +103,8 @@ def sliding_window_mask(
     past: int,                      # tokens in the cache
     window: int | None,             # tokens that a suffix token sees, with itself; None: all
 ) -> Tensor | None: # bool, broadcasts to [b, 1, t, past + t]
-    """The mask of layers that slide: the suffix sees the last `window` tokens; the prefix, as in
-    transformers, all of itself. If nothing is outside of the window, `mask` as it is."""
+    """The mask of sliding layers: the suffix sees the last `window` tokens, the prefix, as in
+    transformers, all of itself. The same mask, if nothing is outside of the window."""
     n = past + input_ids.shape[1]
     if window is None or n <= window or (token_type_ids is None and past == 0): return mask
     places = torch.arange(n, device=input_ids.device)

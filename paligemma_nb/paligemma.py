@@ -174,8 +174,8 @@ def prefix_lm_mask(
 ) -> Tensor: # bool [b, 1, t, t]: may query i look at key j?
     """The prefix sees all of the prefix, the suffix what came before; nobody sees padding.
 
-    As in big_vision's `make_attn_mask`, a token sees those whose running count of suffix tokens
-    is at most its own."""
+    As in big_vision's `make_attn_mask`, a token sees those whose running count of suffix
+    tokens is at most its own."""
     _check_marks("token_type_ids", token_type_ids, token_type_ids.shape)
     if attention_mask is not None:
         _check_marks("attention_mask", attention_mask, token_type_ids.shape)
@@ -364,7 +364,7 @@ class PaliGemmaForConditionalGeneration(PreTrainedModel):
         input_ids: Tensor,                     # [b, t], with n image tokens for each picture
         pixel_values: Tensor | None = None,    # [images, 3, s, s], row by row of the batch
         attention_mask: Tensor | None = None,  # [b, cached + t]: 0 padding; None: no padding
-        token_type_ids: Tensor | None = None,  # [b, t]: 0 prefix, 1 suffix; None: suffix if past
+        token_type_ids: Tensor | None = None,  # [b, t]: 0 prefix, 1 suffix; None: 1 if cached
         labels: Tensor | None = None,          # [b, t]: the suffix's ids, -100 elsewhere
         kv_cache: KVCache | None = None,       # filled in place
         logits_to_keep: int = 0,               # compute only the last logits; 0: all
