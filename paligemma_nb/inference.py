@@ -308,7 +308,7 @@ def answer_batch(job: Job, images: list, # PIL images
 ) -> list[tuple[str, bool, list | None]]: # answer; cut off?; with --do_sample token probs
     "Raises ValueError where the model's logits are not finite."
     import torch
-    from paligemma_nb import generation
+    from paligemma_nb import attention, generation
     inputs = job.processor(images, [job.values["prompt"]] * len(images))
     settings = {name: job.values[name] for name in ("do_sample", "temperature", "top_p")}
     settings["max_new_tokens"], steps = job.values["max_tokens_to_generate"], []
@@ -318,8 +318,8 @@ def answer_batch(job: Job, images: list, # PIL images
     else: list(new)
     ids, probs = torch.stack(steps, dim=1), [None] * len(images)
     if settings["do_sample"] and not job.streams():
-        rows = zip(ids.tolist(), generation.answer_probs(job.model, inputs, ids).tolist())
-        probs = [list(zip(generation.token_ends(job.processor, row), p)) for row, p in rows]
+        rows = zip(ids.tolist(), attention.answer_probs(job.model, inputs, ids).tolist())
+        probs = [list(zip(attention.token_ends(job.processor, row), p)) for row, p in rows]
     cut_off = (~generation.is_finished(ids, job.model.config)).tolist()
     return list(zip(job.processor.decode(ids), cut_off, probs))
 

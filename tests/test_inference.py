@@ -24,7 +24,8 @@ from paligemma_nb import generation, inference
 from paligemma_nb.checkpoint import load_model, save_model
 from paligemma_nb.detection import Detection, box_iou, draw_detections, format_detections, parse_boxes
 from paligemma_nb.gemma import GemmaConfig
-from paligemma_nb.generation import answer_probs, generate
+from paligemma_nb.attention import answer_probs
+from paligemma_nb.generation import generate
 from paligemma_nb.inference import (
     FLAGS, SAMPLE, answer_batch, as_json, as_prompt, as_table, as_words, find_pictures, main,
     parse_flags, prepare, print_stream, read_objects, save_drawing)

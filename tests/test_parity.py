@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from transformers import PaliGemmaConfig as TheirConfig
 from transformers import PaliGemmaForConditionalGeneration as Theirs
 
+from paligemma_nb.attention import answer_attention, answer_probs
 from paligemma_nb.checkpoint import published_key
 from paligemma_nb.gemma import GemmaConfig
 from paligemma_nb.gemma2 import FULL, SLIDING, Gemma2Config
-from paligemma_nb.generation import answer_attention, answer_probs, generate
+from paligemma_nb.generation import generate
 from paligemma_nb.kv_cache import KVCache
 from paligemma_nb.paligemma import (
     PaliGemmaConfig, PaliGemmaForConditionalGeneration, suffix_loss)
