@@ -4,11 +4,12 @@
 
 PaliGemma 3B and PaliGemma 2 3B; 24 GB of memory. `--folder` keeps weights for the next time.
 
-For each: the file opens strictly; the logits in bfloat16, behind the prompt and behind each of 16 given tokens, are as
-near to those of float32 as transformers' are, and choose the same tokens, except where float32 sees a tie: two logits
-nearer to each other than the largest distance of one of transformers' logits from float32; 16 greedy tokens are equal;
-and of the first 4 layers, in float32, the logits agree to 1e-5. (Greedy tokens alone say little: random weights may
-repeat one token for ever.)
+For each of them: the file opens strictly. The logits in bfloat16, after the prompt and after
+each of 16 given tokens, are as near to those of float32 as transformers' are. They choose the
+same tokens, except where float32 sees a tie: two logits nearer to each other than the largest
+distance of one of transformers' logits from float32. 16 greedy tokens are equal, and with the
+first 4 layers alone, in float32, the logits agree to 1e-5. (Greedy tokens say little: random
+weights may repeat one token for ever.)
 """
 import sys
 import tempfile
@@ -23,7 +24,8 @@ CUT, GIVEN = 4, 16  # layers; tokens
 
 
 def deviation(got, expected): return (got.float() - expected.float()).abs().max().item()
-def relative(got, expected): return deviation(got, expected) / expected.float().abs().max().item()
+def relative(got, expected):
+    return deviation(got, expected) / expected.float().abs().max().item()
 
 
 @torch.inference_mode()
@@ -31,12 +33,13 @@ def last_logits(model, inputs): return model(**inputs, logits_to_keep=1).logits[
 
 
 def given_tokens(model): # [16] at random, the same for every model of a size
-    vocab_size, generator = model.config.text_config.vocab_size, torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
+    vocab_size = model.config.text_config.vocab_size
     return torch.randint(1000, vocab_size, (GIVEN,), generator=generator)
 
 
 @torch.inference_mode()
-def our_steps(model, inputs): # -> [17, v] logits: behind the prompt, and from the cache behind each given token
+def our_steps(model, inputs): # -> logits [17, v] after the prompt, then after each given token
     from paligemma_nb.kv_cache import KVCache
     text, length = model.config.text_config, inputs["input_ids"].shape[1] + GIVEN
     cache = KVCache(text.num_hidden_layers, 1, text.num_key_value_heads, length, text.head_dim,
@@ -49,17 +52,20 @@ def our_steps(model, inputs): # -> [17, v] logits: behind the prompt, and from t
 @torch.inference_mode()
 def their_steps(model, inputs): # as above
     steps = [model(**inputs, logits_to_keep=1)]
-    steps += [model(token.view(1, 1), past_key_values=steps[0].past_key_values) for token in given_tokens(model)]
+    steps += [model(token.view(1, 1), past_key_values=steps[0].past_key_values)
+              for token in given_tokens(model)]
     return torch.cat([step.logits[:, -1] for step in steps])
 
 
-def gaps(ours, theirs, exact): # where choices differ: what float32 sees between them, in largest deviations of theirs
+def gaps(ours, theirs, exact):
+    "Where choices differ: how far apart in float32, in units of their largest deviation."
     a, b = ours.argmax(dim=1), theirs.argmax(dim=1)
-    return [(row[i] - row[j]).abs().item() / deviation(theirs, exact) for row, i, j in zip(exact, a, b) if i != j]
+    return [(row[i] - row[j]).abs().item() / deviation(theirs, exact)
+            for row, i, j in zip(exact, a, b) if i != j]
 
 
 def check(size, temporary, folder):
-    from paligemma_nb.checkpoint import load_model
+    from paligemma_nb import load_model
     from paligemma_nb.generation import generate
     results = {}
     cut = Path(temporary) / "cut"
@@ -84,7 +90,8 @@ def check(size, temporary, folder):
     model.config.eos_token_id, theirs.generation_config.eos_token_id = -1, None
     tokens = generate(model, inputs, max_new_tokens=GIVEN)
     results["16 greedy tokens, ours"] = tokens[0].tolist()
-    tokens = theirs.generate(**inputs, max_new_tokens=GIVEN, min_new_tokens=GIVEN, do_sample=False)
+    tokens = theirs.generate(**inputs, max_new_tokens=GIVEN, min_new_tokens=GIVEN,
+                             do_sample=False)
     results["16 greedy tokens, theirs"] = tokens[0, inputs["input_ids"].shape[1]:].tolist()
     return results
 
@@ -97,9 +104,12 @@ def main(results: str = "", folder: str = "", threads: int = 2):
         with tempfile.TemporaryDirectory() as temporary:
             found[size] = r = check(size, temporary, folder)
         print(size, *(f"{what}: {value}" for what, value in r.items()), sep="\n  ", flush=True)
-        if r["16 greedy tokens, ours"] != r["16 greedy tokens, theirs"]: failed.append(f"{size}: other tokens")
-        if r[f"{CUT} layers, float32: logits differ by"] > 1e-5: failed.append(f"{size}: float32 differs")
-        if r["bfloat16: our logits differ from float32 by"] > 1.5 * r["bfloat16: theirs differ from float32 by"]:
+        if r["16 greedy tokens, ours"] != r["16 greedy tokens, theirs"]:
+            failed.append(f"{size}: other tokens")
+        if r[f"{CUT} layers, float32: logits differ by"] > 1e-5:
+            failed.append(f"{size}: float32 differs")
+        theirs = r["bfloat16: theirs differ from float32 by"]
+        if r["bfloat16: our logits differ from float32 by"] > 1.5 * theirs:
             failed.append(f"{size}: bfloat16 is less exact than theirs")
         if any(gap >= 1 for gap in r["gaps where the choices differ (below 1: a tie)"]):
             failed.append(f"{size}: another choice, and no tie")

@@ -24,7 +24,7 @@ WAYS = "as stored", "packed", "compiled"
 
 
 def alone(folder, way, answers, new_tokens):
-    from paligemma_nb.checkpoint import load_model
+    from paligemma_nb import load_model
     from paligemma_nb.generation import generate_tokens
     from paligemma_nb.speed import pack
     start = time.perf_counter()

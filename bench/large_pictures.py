@@ -170,8 +170,9 @@ def compare(
     depth = f"{layers} of each tower" if layers else "as published: 27, and 18 or 26"
     found = dict(transformers=transformers.__version__, seconds=time.perf_counter() - start,
                  layers=depth)
-    print(f"{machine_line()}, transformers {transformers.__version__}\nPublished widths, random "
-          f"bfloat16 weights, layers {depth}; {found['seconds']:.0f} s\n\n{table(rows)}")
+    print(f"{machine_line()}, transformers {transformers.__version__}\n"
+          f"Published widths, random bfloat16 weights, layers {depth}; "
+          f"{found['seconds']:.0f} s\n\n{table(rows)}")
     if results: write_results(results, "large_pictures", found | dict(rows=rows))
 
 

@@ -67,10 +67,9 @@ def full_size(size, folder): # -> its folder in that one, written if it is not t
 
 
 def open_ours(folder, way="as stored", dtype=None):
-    from paligemma_nb.checkpoint import load_model
-    from paligemma_nb.speed import open_model
-    if way == "as stored": model, processor = load_model(folder, device="cpu", dtype=dtype)
-    else: model, processor = open_model(folder, device="cpu")
+    from paligemma_nb import load_model
+    how = dict(dtype=dtype) if way == "as stored" else dict(weights="packed")
+    model, processor = load_model(folder, device="cpu", **how)
     model.config.eos_token_id = -1  # every answer takes the full number of tokens
     return model, processor
 
@@ -85,10 +84,9 @@ def open_theirs(folder, dtype):
 
 
 def write_small(folder, weights, target): # "int8" or "int4" -> target
-    from paligemma_nb.checkpoint import load_model
-    from paligemma_nb.quantization import quantize, save_quantized
-    model, processor = load_model(folder, device="cpu")
-    save_quantized(quantize(model, weights), processor, target)
+    from paligemma_nb import load_model, save_model
+    model, processor = load_model(folder, device="cpu", weights=weights)
+    save_model(model, processor, target)
     return target
 
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLOATS', 'published_key', 'check_shapes', 'empty_model', 'read_config', 'WeightFiles', 'load_weights', 'float_dtype',
-           'usable_device', 'check_processor', 'load_model', 'check_target', 'write_folder', 'save_model']
+           'usable_device', 'check_processor', 'empty_checkpoint', 'load_checkpoint', 'check_target', 'write_folder',
+           'save_model']
 
 # %% ../nbs/14_checkpoint.ipynb #dc067b94
 import json
@@ -20,21 +21,22 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .hub import (
-    INDEX, WEIGHTS, find_folder, find_processor, find_weights, first_line, needed_files, new_and_old,
-    read_index, read_json, read_quantization, recover, refuse_pointers, shorten)
+    INDEX, WEIGHTS, ModelFolder, find_model, find_weights, first_line, new_and_old,
+    read_index, read_json, recover, refuse_pointers, shorten)
 from .paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
 
-FLOATS = dict(F32=torch.float32, BF16=torch.bfloat16, F16=torch.float16, F64=torch.float64)  # by safetensors' names
+# the dtypes that a model may have, by their names in safetensors files
+FLOATS = dict(F32=torch.float32, BF16=torch.bfloat16, F16=torch.float16, F64=torch.float64)
 
 # %% ../nbs/14_checkpoint.ipynb #a18b48c1
 def published_key(
     key: str, # a tensor's name in any of the layouts that transformers has written
-) -> str: # its name in the published PaliGemma files, which is also its name in our model
-    "Undoes the renamings of later transformers versions; a name that needs none comes back as it is."
+) -> str: # its name in the published files, which is also its name in our model
+    "Undoes the renamings of later transformers versions; a published name stays as it is."
     key = re.sub(r"^model\.(language_model|vision_tower|multi_modal_projector)\.", r"\1.", key)
-    key = re.sub(r"^language_model\.(?=embed_tokens\.|layers\.|norm\.)", "language_model.model.", key)
-    key = re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", key)
+    key = re.sub(r"^language_model\.(?=(embed_tokens|layers|norm)\.)", r"\g<0>model.", key)
+    key = re.sub(r"^vision_tower\.(?!vision_model\.)", r"\g<0>vision_model.", key)
     return "language_model.lm_head.weight" if key == "lm_head.weight" else key
 
 # %% ../nbs/14_checkpoint.ipynb #a9e4fa69
@@ -50,184 +52,234 @@ def _difference(expected, found):
 def check_shapes(
     expected: dict[str, tuple[int, ...]], # what the model has, by name
     found: dict[str, tuple[int, ...]],    # what the files hold
-    source: str | Path,                   # named in the message
+    source: str | Path,                   # where they come from, for the message
 ):
-    "Every tensor once, none left over, all shapes equal, or a ValueError that names those at fault."
-    if expected.keys() != found.keys(): raise ValueError(f"{source}: {_difference(expected.keys(), found.keys())}")
-    wrong = [f"{name} is {list(found[name])}, expected {list(shape)}" for name, shape in expected.items()
-             if shape != found[name]]
+    """Raises ValueError for tensors that are missing, surplus or of another shape, and
+    names them."""
+    if expected.keys() != found.keys():
+        raise ValueError(f"{source}: {_difference(expected.keys(), found.keys())}")
+    wrong = [f"{name} is {list(found[name])}, expected {list(shape)}"
+             for name, shape in expected.items() if shape != found[name]]
     if wrong: raise ValueError(f"{source} does not fit the config: {shorten(wrong)}")
 
 # %% ../nbs/14_checkpoint.ipynb #6ad9c1f3
 class _SkipInit(TorchFunctionMode):
-    "Leaves out random initialisation: nothing on the meta device, but the first time it imports torch's compiler."
+    "Skips random initialisation. (On `meta` it does nothing, but imports torch's compiler.)"
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        return kwargs["tensor"] if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **kwargs)
+        if getattr(func, "__module__", "") == "torch.nn.init": return kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def empty_model(
     config: PaliGemmaConfig,
-) -> PaliGemmaForConditionalGeneration: # on the meta device: names, shapes and dtypes, but no memory behind them
+) -> PaliGemmaForConditionalGeneration: # on the meta device
+    "A model that has names, shapes and dtypes, but no memory behind them."
     with torch.device("meta"), _SkipInit(): return PaliGemmaForConditionalGeneration(config)
 
 # %% ../nbs/14_checkpoint.ipynb #71d35513
+def _as_config(content, path):
+    try: return PaliGemmaConfig.from_dict(content)
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as e:
+        raise ValueError(f"{path}: {e}") from None
+
+
 def read_config(
     folder: str | Path, # holds config.json
-) -> PaliGemmaConfig: # raises FileNotFoundError without the file, ValueError if it is broken or another model's
+) -> PaliGemmaConfig:
+    "Raises FileNotFoundError without the file, ValueError if it is broken or another model's."
     path = Path(folder) / "config.json"
-    content = read_json(path)
-    try: return PaliGemmaConfig.from_dict(content)
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as e: raise ValueError(f"{path}: {e}") from None
+    return _as_config(read_json(path), path)
 
 # %% ../nbs/14_checkpoint.ipynb #8d536781
-def _state(path): return (stat := path.stat()).st_ino, stat.st_size, stat.st_mtime_ns  # of another file: another
+def _state(path): # another one if the file has been replaced
+    return (stat := path.stat()).st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _open_safetensors(path):
     try: return safe_open(path, framework="pt")
     except SafetensorError as e:
         refuse_pointers(path.parent, [path.name])
-        raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors file: {e}") from None
+        raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors "
+                         f"file: {e}") from None
 
 # %% ../nbs/14_checkpoint.ipynb #eb59aade
 class WeightFiles:
     """The tensors of a folder's safetensors files, memory-mapped, under their published names.
 
-    Reads `model.safetensors`, or else the shards that `model.safetensors.index.json` lists. Opening parses the headers
-    only. Raises FileNotFoundError for a missing file; ValueError for one that is cut short, broken or no safetensors,
-    for a shard that does not hold what the index says, a dtype not in `dtypes` and two tensors of one name."""
-    def __init__(self, folder: str | Path,  # holds the one file, or the index and its shards
-                 dtypes: dict[str, torch.dtype] = FLOATS): # that may be stored, by safetensors' names
-        self.path, self._tensors = find_weights(Path(folder)), {}  # name -> (path, its state, file, key, shape)
-        if self.path.name == WEIGHTS: self._add(self.path, dtypes)
-        else:
-            for file, keys in read_index(self.path).items(): self._add(self.path.with_name(file), dtypes, keys)
+    Reads `model.safetensors`, or else the shards that `model.safetensors.index.json` lists.
+    Only the headers are read on opening. Raises FileNotFoundError for a missing file;
+    ValueError for one that is cut short, broken or no safetensors, for a shard that does
+    not hold what the index says, a dtype not in `dtypes` and two tensors of one name."""
+    def __init__(self,
+        folder: str | Path,                      # holds the one file, or the index and shards
+        dtypes: dict[str, torch.dtype] = FLOATS, # those that may be stored
+    ):
+        self.path = find_weights(Path(folder))
+        self._tensors = {}  # name -> (path, its state, open file, key, shape)
+        if self.path.name == WEIGHTS: return self._add(self.path, dtypes)
+        for file, keys in read_index(self.path).items():
+            self._add(self.path.with_name(file), dtypes, keys)
 
-    def _add(self, path, dtypes, expected_keys=None):
-        if not path.is_file(): raise FileNotFoundError(f"missing weights: {path}, which {INDEX} lists")
+    def _add(self, path, dtypes, expected=None):
+        if not path.is_file():
+            raise FileNotFoundError(f"missing weights: {path}, which {INDEX} lists")
         state, file = _state(path), _open_safetensors(path)
         keys = set(file.keys())
-        if expected_keys is not None and keys != expected_keys:
-            raise ValueError(f"{path} does not fit {INDEX}: {_difference(expected_keys, keys)}")
+        if expected is not None and keys != expected:
+            raise ValueError(f"{path} does not fit {INDEX}: {_difference(expected, keys)}")
         for key in sorted(keys):
             name, header = published_key(key), file.get_slice(key)
-            if name in self._tensors: raise ValueError(f"{path}: {key} is a second tensor for {name}")
+            where = f"{path}: {key} is"
+            if name in self._tensors: raise ValueError(f"{where} a second tensor for {name}")
             if (dtype := header.get_dtype()) not in dtypes:
-                raise ValueError(f"{path}: {key} is stored as {dtype}, expected {', '.join(dtypes)}")
+                raise ValueError(f"{where} stored as {dtype}, expected {', '.join(dtypes)}")
             self._tensors[name] = path, state, file, key, tuple(header.get_shape())
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]: # of every tensor, by published name; no data is read
+    def shapes(self) -> dict[str, tuple[int, ...]]: # by published name
+        "The shape of every tensor. No data is read."
         return {name: shape for name, (*_, shape) in self._tensors.items()}
 
-    def __getitem__(self, name: str) -> Tensor: # a view of the file; a large one has a map of its own
+    def __getitem__(self, name: str) -> Tensor: # a view of the file
         path, state, file, key, shape = self._tensors[name]
-        if torch.Size(shape).numel() >= 2**18: file = _open_safetensors(path)  # reads the label anew
-        if _state(path) != state: raise ValueError(f"{path} was replaced while it was read: load it again")
-        return file.get_tensor(key)
+        # a large one gets a map of its own; a small one is not worth reading the header anew
+        if torch.Size(shape).numel() >= 2**18: file = _open_safetensors(path)
+        if _state(path) == state: return file.get_tensor(key)
+        raise ValueError(f"{path} was replaced while it was read: load it again")
 
 # %% ../nbs/14_checkpoint.ipynb #483634a4
 _HEAD, _EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 
 
 def load_weights(
-    model: PaliGemmaForConditionalGeneration, # its parameters are replaced; it may be on the meta device
+    model: PaliGemmaForConditionalGeneration, # gets other parameters; may be on meta
     folder: str | Path,                       # holds the weights, in any layout
     *, device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,         # None: the file's (that of its embedding, where it holds several)
+    dtype: torch.dtype | None = None,         # None: that of the embedding in the file
 ):
-    """Strict: sets every parameter once and uses every tensor of the files, or raises ValueError and changes nothing.
+    """Strict: every parameter is set once and every tensor of the files is used, or ValueError
+    is raised and nothing has changed.
 
-    On the CPU and in the file's dtype the parameters are views of the mapped file: nothing is read until it is used.
-    For another device or dtype the tensors are converted one by one, so that no second copy of the file is held. The
-    file must not be overwritten in place while the model lives; `save_model` over it is fine."""
+    On the CPU and in the file's dtype the parameters are views of the mapped file: nothing
+    is read until it is used. For another device or dtype the tensors are converted one by
+    one, so that no second copy of the file is held. While the model lives, the file must
+    not be overwritten in place; saving with `save_model` over it is fine."""
     files = WeightFiles(folder)
     found = files.shapes
-    table = _EMBEDDING if _EMBEDDING in found else _HEAD  # some files hold it as output head alone
-    head = found.pop(_HEAD, None)                         # and some twice
+    # some files hold the embedding as the output head alone, and some hold it twice
+    table, head = _EMBEDDING if _EMBEDDING in found else _HEAD, found.pop(_HEAD, None)
     if head is not None: found.setdefault(_EMBEDDING, head)
     check_shapes(_shapes(model.state_dict()), found, files.path)
-    if head is not None and not (head == found[_EMBEDDING] and torch.equal(files[_HEAD], files[table])):
-        raise ValueError(f"{files.path}: {_HEAD} differs from the embedding, but PaliGemma ties the two")
+    if head is not None and not (
+            head == found[_EMBEDDING] and torch.equal(files[_HEAD], files[table])):
+        raise ValueError(f"{files.path}: {_HEAD} differs from the embedding, "
+                         "but PaliGemma ties the two")
     dtype = dtype or files[table].dtype
     model.load_state_dict({name: files[table if name == _EMBEDDING else name].to(device, dtype)
                            for name in found}, assign=True)
 
 # %% ../nbs/14_checkpoint.ipynb #0c293420
-def float_dtype(dtype: torch.dtype | str) -> torch.dtype: # raises ValueError for others than FLOATS
+def float_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Takes "bfloat16" as well as torch.bfloat16. Raises ValueError for any that is not in
+    `FLOATS`."""
     dtypes = {str(d).removeprefix("torch."): d for d in FLOATS.values()}
     if (name := str(dtype).removeprefix("torch.")) in dtypes: return dtypes[name]
     raise ValueError(f"unknown dtype {dtype!r}: expected {', '.join(dtypes)}")
 
 
-def usable_device(device: torch.device | str | None) -> torch.device: # None: CUDA or else the CPU; or ValueError
+def usable_device(
+    device: torch.device | str | None, # None: CUDA if there is one, else the CPU
+) -> torch.device:
+    "Raises ValueError for a device that this machine does not have."
     if device is None: return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(device)
         torch.empty(0, device=device)
         return device
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e:  # whatever an absent backend raises
-        raise ValueError(f"device {str(device)!r} cannot be used on this machine: {first_line(e)}") from None
+    # each backend that is not there fails in its own way
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e:
+        raise ValueError(f"device {str(device)!r} cannot be used on this machine: "
+                         f"{first_line(e)}") from None
 
 
-def check_processor(processor: PaliGemmaProcessor, config: PaliGemmaConfig, source: str | Path): # named in the message
-    "Pictures, `<image>` and vocabulary must be those of the model, or a ValueError says which are not."
+def check_processor(
+    processor: PaliGemmaProcessor, config: PaliGemmaConfig,
+    source: str | Path, # where they come from, for the message
+):
+    "Raises ValueError unless picture size, `<image>` and vocabulary are those of the model."
+    vision, rows = config.vision_config, config.text_config.vocab_size
     for name, got, expected in (
-        ("picture size", processor.image_size, config.vision_config.image_size),
-        ("number of tokens for a picture", processor.num_image_tokens, config.vision_config.num_image_tokens),
+        ("picture size", processor.image_size, vision.image_size),
+        ("number of tokens for a picture", processor.num_image_tokens,
+         vision.num_image_tokens),
         ("id of <image>", processor.image_token_id, config.image_token_index),
     ):
-        if got != expected: raise ValueError(f"{source}: {name} is {got} in the processor, {expected} in the config")
-    rows = config.text_config.vocab_size
-    if processor.vocab_size > rows + 1:  # the id of <image> may lie past the table: its row is never looked up
-        raise ValueError(f"{source}: the tokenizer has {processor.vocab_size} tokens, the embedding {rows} rows")
+        if got == expected: continue
+        raise ValueError(f"{source}: {name} is {got} in the processor, "
+                         f"{expected} in the config")
+    if processor.vocab_size > rows + 1:  # <image> needs no row: the picture takes its place
+        raise ValueError(f"{source}: the tokenizer has {processor.vocab_size} tokens, "
+                         f"the embedding {rows} rows")
+
+# %% ../nbs/14_checkpoint.ipynb #c14b0002
+def empty_checkpoint(
+    found: ModelFolder, # from find_model
+) -> tuple[PaliGemmaForConditionalGeneration, PaliGemmaProcessor]: # the model without memory
+    """All of a checkpoint but its weights. Raises ValueError where its parts do not fit
+    together."""
+    path = found.path / "config.json"
+    config = _as_config(found.config, path)
+    try: model = empty_model(config)
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as e:  # impossible sizes
+        raise ValueError(f"{path}: {first_line(e)}") from None
+    processor = PaliGemmaProcessor.from_pretrained(found.tokenizer, found.pictures)
+    check_processor(processor, config, found.path)
+    return model, processor
 
 # %% ../nbs/14_checkpoint.ipynb #5b8f1c14
-def load_model(
-    model_path: str | Path | None = None,          # a folder or a name on the hub; None: the shipped tiny model
-    *, device: torch.device | str | None = None,   # None: CUDA if there is one, else the CPU
-    dtype: torch.dtype | str | None = None,        # "bfloat16", torch.float32, ...; None: the file's
-    revision: str | None = None,                   # of a name: a branch, tag or commit; None: "main"
-    processor_path: str | Path | None = None,      # a folder or name for what `model_path` lacks of
-                                                   # tokenizer and picture settings
+def load_checkpoint(
+    model_path: str | Path | ModelFolder | None = None, # as for find_model
+    *, device: torch.device | str | None = None, # None: CUDA if there is one, else the CPU
+    dtype: torch.dtype | str | None = None,      # "bfloat16", torch.float32, …; None: stored
+    revision: str | None = None,                 # as for find_model
+    processor_path: str | Path | None = None,    # as for find_model
 ) -> tuple[PaliGemmaForConditionalGeneration, PaliGemmaProcessor]: # the model is in eval mode
-    """Opens the published files, strictly, in any key layout (see `published_key`); nothing is unpickled.
+    """Opens weights as they are published, strictly, in any key layout (see `published_key`).
+    Nothing is unpickled. (`opening.load_model` opens rounded ones as well.)
 
-    Raises FileNotFoundError where a file is missing (see `find_folder` for names); ValueError where one is broken,
-    does not fit the others or holds quantised weights, and for a device or dtype that cannot be had."""
+    Raises FileNotFoundError where a file is missing; ValueError where one is broken, does
+    not fit the others or holds quantised weights, and for a device or dtype that cannot be
+    had."""
     device, dtype = usable_device(device), None if dtype is None else float_dtype(dtype)
-    parts = {} if processor_path is None else dict(parts=["weights"])  # of a name, the rest may be missing
-    folder = find_folder(model_path, revision, **parts)
-    config = read_config(folder)
-    if read_quantization(folder) is not None:
-        raise ValueError(f"{folder} holds quantised weights: open it with paligemma_nb.speed.open_model")
-    refuse_pointers(folder, needed_files(folder))
-    try: model = empty_model(config)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as e:  # sizes that no model can have
-        raise ValueError(f"{folder / 'config.json'}: {first_line(e)}") from None
-    homes = find_processor(folder, processor_path)
-    processor = PaliGemmaProcessor.from_pretrained(*homes)
-    check_processor(processor, config, folder)
-    load_weights(model, folder, device=device, dtype=dtype)
+    found = find_model(model_path, revision, processor_path)
+    if found.quantization is not None:
+        raise ValueError(f"{found.path} holds quantised weights: "
+                         "open it with paligemma_nb.load_model")
+    model, processor = empty_checkpoint(found)
+    load_weights(model, found.path, device=device, dtype=dtype)
     return model.eval(), processor
 
 # %% ../nbs/14_checkpoint.ipynb #410eba1a
-# of an old model that is replaced: what the new one may not have a file for
-_STALE = {INDEX, "processor_config.json", "tokenizer.model", "added_tokens.json", "special_tokens_map.json"}
+# files of an old model that the new one may lack: they go, whether it has them or not
+_STALE = {INDEX, "processor_config.json", "tokenizer.model", "added_tokens.json",
+          "special_tokens_map.json"}
 
 
 def _keep_other_files(old, new):
-    "Link what is no part of the old model (a link costs no copy and keeps a log that is open for writing)."
+    """Links the files that are no part of the old model into the new folder. A link takes
+    no space, and a log that is open for writing stays open."""
     def is_replaced(folder, names):
         if Path(folder) != old: return []
-        return [name for name in names if (new / name).exists() or name in _STALE or name.endswith(".safetensors")]
+        return [name for name in names if (new / name).exists() or name in _STALE
+                or name.endswith(".safetensors")]
 
     def link(source, target):
         try: os.link(source, target)
         except OSError: shutil.copy2(source, target)  # a file system without hard links
 
-    shutil.copytree(old, new, copy_function=link, ignore=is_replaced, symlinks=True, dirs_exist_ok=True)
+    shutil.copytree(old, new, copy_function=link, ignore=is_replaced, symlinks=True,
+                    dirs_exist_ok=True)
 
 # %% ../nbs/14_checkpoint.ipynb #2faf7979
 def _write_json(path, content):
@@ -237,37 +289,45 @@ def _write_json(path, content):
 def _write_weights(tensors, folder, max_shard_size):
     shards, size = [{}], 0
     for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_shard_size: shards, size = [*shards, {}], 0
+        if shards[-1] and size + tensor.nbytes > max_shard_size:
+            shards, size = [*shards, {}], 0
         shards[-1][name] = tensor.detach().contiguous()
         size += tensor.nbytes
     n = len(shards)
-    files = [WEIGHTS] if n == 1 else [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+    files = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+    if n == 1: files = [WEIGHTS]
     for file, shard in zip(files, shards):
         save_file(shard, folder / file, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / file)  # save_file's own lets nobody else read
+        # else only the owner may read it
+        shutil.copymode(folder / "config.json", folder / file)
     if n == 1: return
     _write_json(folder / INDEX, dict(
         metadata=dict(total_size=sum(tensor.nbytes for tensor in tensors.values())),
         weight_map={name: file for file, shard in zip(files, shards) for name in shard}))
 
 # %% ../nbs/14_checkpoint.ipynb #ff96fd9c
-def check_target(path: Path): # raises ValueError for a file and for a folder of something else than a model
-    if path.exists() and not path.is_dir(): raise ValueError(f"expected a folder to save to, got a file: {path}")
+def check_target(path: Path):
+    "Raises ValueError for a file, and for a folder that holds anything but a model."
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"expected a folder to save to, got a file: {path}")
     if path.exists() and any(path.iterdir()) and not (path / "config.json").is_file():
-        raise ValueError(f"{path} holds something else than a model: expected a new folder, an empty one or a model's")
+        raise ValueError(f"{path} holds something else than a model: "
+                         "expected a new folder, an empty one or a model's")
 
 
 def write_folder(
-    path: str | Path,                    # a new folder, an empty one or a model's; its parents are made
-    config: dict,                        # what config.json shall hold
-    tensors: dict[str, Tensor],          # by published name; of any dtype
+    path: str | Path,           # a new folder, an empty one or a model's; parents are made
+    config: dict,               # the content of config.json
+    tensors: dict[str, Tensor], # by published name; of any dtype
     processor: PaliGemmaProcessor,
-    *, max_shard_size: int = 5 * 10**9,  # bytes of weights; more are split over several files with an index
+    *, max_shard_size: int = 5 * 10**9, # bytes of weights in one file
 ):
-    """Writes a folder beside `path` that replaces it when it is whole: a kill at any moment leaves the old or the new.
+    """Writes a folder beside `path`, and lets it replace the old one when it is whole. A kill
+    at any moment leaves the old model or the new one (`find_folder` undoes a kill between the
+    two renames). Files in an old folder that are no part of a model (a model card, a log)
+    stay.
 
-    `find_folder` undoes a kill between the two renames. Files in an old folder that are no part of a model (a model
-    card, a log) stay. Raises ValueError if `path` is a file or holds other things than a model."""
+    Raises ValueError if `path` is a file or holds anything but a model."""
     path = Path(path).resolve()
     recover(path)
     check_target(path)
@@ -280,27 +340,37 @@ def write_folder(
         _write_weights(tensors, new, max_shard_size)
         if path.exists():
             _keep_other_files(path, new)
-            shutil.rmtree(old, ignore_errors=True)  # the same
+            shutil.rmtree(old, ignore_errors=True)  # what a kill may have left
             path.rename(old)
         new.rename(path)
-    finally:  # both do nothing if all went well
+    finally:  # neither does anything if all went well
         shutil.rmtree(new, ignore_errors=True)
         recover(path)
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/14_checkpoint.ipynb #30b4cd52
 def save_model(
-    model: PaliGemmaForConditionalGeneration,
+    model: PaliGemmaForConditionalGeneration, # of any dtype; quantised, but not packed
     processor: PaliGemmaProcessor,
-    path: str | Path,                      # a new folder, an empty one or a model's; its parents are made
-    *, max_shard_size: int = 5 * 10**9,    # bytes of weights; more are split over several files with an index
+    path: str | Path,                   # a new folder, an empty one or a model's
+    *, max_shard_size: int = 5 * 10**9, # bytes of weights; more are split over several files
 ):
-    """Writes the published format, which transformers opens too: config, weights in the dtype they have, tokenizer.
+    """Writes the published format: config, weights in the dtype they have, tokenizer.
+    transformers opens it, too, unless the weights are quantised; `opening.load_model` opens
+    all.
 
-    A kill at any moment leaves the old model or the new one: see `write_folder`. Raises ValueError as that does, and
-    if the model's tensors are not those of its config."""
-    tensors = model.state_dict()
-    check_shapes(_shapes(empty_model(model.config).state_dict()), _shapes(tensors), "the model to save")
-    check_processor(processor, model.config, "the model to save")
-    config = model.config.to_dict() | dict(dtype=str(tensors[_EMBEDDING].dtype).removeprefix("torch."))
+    A kill at any moment leaves the old model or the new one: see `write_folder`. Raises
+    ValueError as that does, if the tensors are not those of the config, and for packed
+    weights."""
+    tensors, source = model.state_dict(), "the model to save"
+    expected, found = _shapes(empty_model(model.config).state_dict()), _shapes(tensors)
+    settings = getattr(model, "quantization", None)
+    if settings:  # these have other shapes, and scales beside them
+        found = {name: expected.get(name, shape) for name, shape in found.items()
+                 if not name.endswith((".scale", ".scale_zero"))}
+    check_shapes(expected, found, source)
+    check_processor(processor, model.config, source)
+    dtype = model.language_model.model.norm.weight.dtype
+    config = model.config.to_dict() | dict(dtype=str(dtype).removeprefix("torch."))
+    if settings: config["quantization_config"] = dict(quant_method="paligemma_nb", **settings)
     write_folder(path, config, tensors, processor, max_shard_size=max_shard_size)

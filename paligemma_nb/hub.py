@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'INDEX', 'PICTURES', 'MASK_VAE', 'PARTS', 'first_line', 'shorten', 'is_pointer', 'refuse_pointers',
            'read_json', 'read_index', 'needed_files', 'missing_files', 'what_else', 'find_weights', 'read_quantization',
-           'new_and_old', 'recover', 'find_folder', 'find_processor']
+           'new_and_old', 'recover', 'find_folder', 'find_processor', 'ModelFolder', 'find_model']
 
 # %% ../nbs/13_hub.ipynb #c13a0004
 import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,17 +18,20 @@ import paligemma_nb
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICTURES = "preprocessor_config.json", "processor_config.json"  # older, newer
 MASK_VAE = "vae-oid.npz"  # big_vision's decoder for the codes of masks; few folders have it
-PARTS = {  # of a model, and the files that hold them
+PARTS = {  # the parts of a model, and the files that hold them
     "weights": ("config.json", "*.safetensors", INDEX, MASK_VAE),
     "tokenizer": ("tokenizer.json", "tokenizer_config.json"),
     "pictures": PICTURES,
 }
 
 # %% ../nbs/13_hub.ipynb #c13a0016
-def first_line(error: Exception) -> str: return str(error).strip().split("\n")[0]
+def first_line(error: Exception) -> str:
+    "The first line of an error's message: other libraries often write many."
+    return str(error).strip().split("\n")[0]
 
 
-def shorten(names, limit: int = 5) -> str: # "a, b and 3 more", sorted
+def shorten(names: set[str] | list[str], limit: int = 5) -> str:
+    "Names in one line, sorted; of more than `limit` the rest is counted: \"a, b and 3 more\"."
     names = sorted(names)
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest
@@ -36,13 +40,14 @@ def shorten(names, limit: int = 5) -> str: # "a, b and 3 more", sorted
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-def is_pointer(path: Path) -> bool: # does git-lfs's note stand where the file should?
+def is_pointer(path: Path) -> bool:
+    "Is this only the note that git-lfs leaves in place of a large file?"
     if not path.is_file(): return False
     with open(path, "rb") as file: return file.read(len(_POINTER)) == _POINTER
 
 
 def refuse_pointers(
-    folder: Path, names: list[str], # of the files to look at, there or not
+    folder: Path, names: list[str], # the files to look at; missing ones are skipped
 ):
     "Raises ValueError where `git clone` has left git-lfs's notes instead of the large files."
     if pointers := [name for name in names if is_pointer(folder / name)]:
@@ -51,16 +56,21 @@ def refuse_pointers(
 
 # %% ../nbs/13_hub.ipynb #c13a0030
 def read_json(path: Path) -> dict:
-    "Raises FileNotFoundError without the file, ValueError if it holds no JSON object."
+    """Reads a JSON object. Raises FileNotFoundError without the file, ValueError for
+    anything else."""
     if not path.is_file(): raise FileNotFoundError(f"no {path.name} in {path.parent}")
-    refuse_pointers(path.parent, [path.name])
-    try: content = json.loads(path.read_text(encoding="utf-8"))
+    data = path.read_bytes()
+    if data.startswith(_POINTER): refuse_pointers(path.parent, [path.name])
+    try: content = json.loads(data.decode())
     except ValueError as e: raise ValueError(f"{path} is not JSON: {e}") from None
     if isinstance(content, dict): return content
     raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
 
 # %% ../nbs/13_hub.ipynb #c13a0034
-def read_index(path: Path) -> dict[str, set[str]]: # shard's name -> the keys it should hold
+def read_index(
+    path: Path, # of the index, which says which tensor is in which shard
+) -> dict[str, set[str]]: # each shard's file name, and the keys it should hold
+    "Raises ValueError for an index that is broken, or that names files of another folder."
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or {type(f) for f in weight_map.values()} - {str}:
         raise ValueError(f"{path}: expected a weight_map from tensor names to file names")
@@ -73,16 +83,19 @@ def read_index(path: Path) -> dict[str, set[str]]: # shard's name -> the keys it
 
 # %% ../nbs/13_hub.ipynb #c13a0039
 def needed_files(
-    folder: Path, parts=tuple(PARTS), # some of "weights", "tokenizer", "pictures"
-) -> list[str]: # there or not
+    folder: Path, parts: list[str] = list(PARTS), # some of "weights", "tokenizer", "pictures"
+) -> list[str]:
+    "The files that these parts of a model need, whether they are there or not."
     def has(name): return (folder / name).is_file()
-    shards = read_index(folder / INDEX) if has(INDEX) and not has(WEIGHTS) else ()
-    files = dict(weights=["config.json", *(shards or [WEIGHTS])], tokenizer=["tokenizer.json"],
+    sharded = "weights" in parts and has(INDEX) and not has(WEIGHTS)
+    weights = read_index(folder / INDEX) if sharded else [WEIGHTS]
+    files = dict(weights=["config.json", *weights], tokenizer=["tokenizer.json"],
                  pictures=[next(filter(has, PICTURES), PICTURES[0])])
     return [name for part in parts for name in files[part]]
 
 
-def missing_files(folder: Path, parts=tuple(PARTS)) -> list[str]: # as for `needed_files`
+def missing_files(folder: Path, parts: list[str] = list(PARTS)) -> list[str]:
+    "Those of the `needed_files` that are not there."
     return [name for name in needed_files(folder, parts) if not (folder / name).is_file()]
 
 # %% ../nbs/13_hub.ipynb #c13a0042
@@ -90,9 +103,8 @@ _OTHERS = {  # part -> (endings of file names, what such a file is, the way out)
     "weights": (
         ((".gguf",), "GGUF, which is llama.cpp's", f"take the same model as {WEIGHTS}"),
         ((".bin", ".pt", ".pth", ".ckpt", ".pkl"),
-         "not read, for a pickle may run code", "convert it to safetensors"),
-        ((".npz",), "big_vision's",
-         "python -m paligemma_nb.big_vision convert turns it into a folder"),
+         "not read, because a pickle may run code", "convert it to safetensors"),
+        ((".npz",), "big_vision's", "paligemma-nb convert makes a folder of it"),
         (("adapter_model.safetensors",), "an adapter without its base model",
          "merge the two with peft's merge_and_unload, and save that"),
         ((".safetensors",), f"in no {INDEX}",
@@ -106,8 +118,11 @@ _OTHERS = {  # part -> (endings of file names, what such a file is, the way out)
 }
 
 
-def what_else(part: str, names: list[str]) -> str: # "; model.gguf is …: …", or ""
-    "What a folder or a repository holds in place of a part, and the way out."
+def what_else(
+    part: str,        # one of "weights", "tokenizer", "pictures"
+    names: list[str], # all files of a folder or a repository
+) -> str: # "; model.gguf is …: …", or "" if nothing there is known
+    "What stands there instead of a missing part, and what to do about it."
     for endings, what, way_out in _OTHERS[part]:
         if found := [name for name in names if name.endswith(endings) and name != MASK_VAE]:
             return f"; {shorten(found)} is {what}: {way_out}"
@@ -117,44 +132,46 @@ def what_else(part: str, names: list[str]) -> str: # "; model.gguf is …: …",
 def _names(folder): return [path.name for path in folder.iterdir()]
 
 # %% ../nbs/13_hub.ipynb #c13a0045
-def find_weights(folder: Path) -> Path: # of the one file, or of the index
-    "Raises FileNotFoundError, which names what is there instead."
+def find_weights(folder: Path) -> Path:
+    """The one file, or the index of several. Raises FileNotFoundError, saying what is there
+    instead."""
     for path in (folder / WEIGHTS, folder / INDEX):
         if path.is_file(): return path
     others = what_else("weights", _names(folder))
     raise FileNotFoundError(f"no {WEIGHTS} and no {INDEX} in {folder}{others}")
 
 # %% ../nbs/13_hub.ipynb #c13a0052
-def read_quantization(folder: Path) -> dict | None: # what `save_quantized` wrote there
+def read_quantization(
+    config: dict, # the content of config.json
+    path: Path,   # of config.json, for the message
+) -> dict | None: # the settings that `save_model` wrote for rounded weights; None: not rounded
     "Raises ValueError for weights that another library has rounded."
-    path = folder / "config.json"
-    content = read_json(path)
-    found = [key for key in ("quantization_config", "compression_config", "quantization")
-             if content.get(key) is not None]
-    if not found: return None
-    settings = content[found[0]]
+    kinds = "quantization_config", "compression_config", "quantization"
+    kind = next((key for key in kinds if config.get(key) is not None), None)
+    if kind is None: return None
+    settings = config[kind]
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if method == "paligemma_nb": return settings
-    got = f"that of {method!r}" if method else f"{found[0]} {settings!r:.60}"
+    got = f"that of {method!r}" if method else f"{kind} {settings!r:.60}"
     raise ValueError(
-        f"{path}: expected a quantization_config as `save_quantized` writes it, got {got}: "
+        f"{path}: expected a quantization_config as `save_model` writes it, got {got}: "
         "only the library that rounded these weights reads them; take the original ones, "
-        "which open_model rounds with weights='int8' or 'int4', the command with --quantize")
+        "which load_model rounds with weights='int8' or 'int4', and the command with --quantize")
 
 # %% ../nbs/13_hub.ipynb #c13a0065
 def _lacks(folder, parts, names):
-    "What is missing in a folder, and what is there instead; for a person."
+    "Which files are missing in a folder, what is there instead, and what to do."
     others = "".join(what_else(part, names) for part in parts if missing_files(folder, [part]))
     hint = "; processor_path takes it from another folder or name"
     return (shorten(missing_files(folder, parts)) + f" in {folder}" + others
             + (hint if missing_files(folder, [p for p in parts if p != "weights"]) else ""))
 
 # %% ../nbs/13_hub.ipynb #c13a0066
-def _refusal(error, name, revision): # the line for a person
+def _refusal(error, name, revision): # what the hub said, in one line that helps
     from huggingface_hub import errors
     page = f"https://huggingface.co/{name}"
     if isinstance(error, errors.HFValidationError):
-        return f"no model folder {name} (and no name on the hub is spelt so)"
+        return f"no model folder {name} (and no name on the hub is spelled like this)"
     if isinstance(error, errors.GatedRepoError):
         return (f"{name} is gated: accept its licence at {page}, "
                 "then log in with `hf auth login`")
@@ -170,7 +187,7 @@ def _refusal(error, name, revision): # the line for a person
 # %% ../nbs/13_hub.ipynb #c13a0067
 def _fetch(name, revision, parts):
     "The folder in the hub's cache. The hub itself is asked only if files are missing there."
-    import huggingface_hub  # here: a folder is opened without
+    import huggingface_hub  # not above: opening a folder does not need it
     from huggingface_hub import errors
     from tqdm import tqdm
     cached, wanted = None, PARTS if "weights" in parts else parts
@@ -185,7 +202,8 @@ def _fetch(name, revision, parts):
             if not missing_files(cached, parts): return cached
         except errors.IncompleteSnapshotError as e: cached = Path(e.snapshot_path)
         except errors.LocalEntryNotFoundError: pass
-        snapshot("config.json", tqdm_class=partial(tqdm, disable=True))  # a no brings no bars
+        # no progress bar, in case the hub refuses
+        snapshot("config.json", tqdm_class=partial(tqdm, disable=True))
         folder = snapshot(files)
         if not missing_files(folder, parts): return folder
         names, hint = _names(folder), ""
@@ -193,18 +211,19 @@ def _fetch(name, revision, parts):
         except (OSError, RuntimeError): hint = ": if the hub has more, try again when online"
         hint = f"{name} lacks {_lacks(folder, parts, names)}{hint}"
     except (OSError, RuntimeError, errors.HTTPError, errors.HFValidationError) as e:
-        hint = _refusal(e, name, revision)  # offline, disk full, or whatever a network does
+        # offline, disk full, or any other trouble of a network
+        hint = _refusal(e, name, revision)
     if cached is None or missing_files(cached, parts): raise FileNotFoundError(hint)
-    return cached  # what it lacks is optional
+    return cached  # all that is needed is there
 
 # %% ../nbs/13_hub.ipynb #c13a0069
 def new_and_old(path: Path) -> tuple[Path, Path]:
-    "The names that a folder has while it is being written, and while it is being replaced."
+    "The names of a folder while it is being written, and of the one that it replaces."
     return path.parent / f".{path.name}.new", path.parent / f".{path.name}.old"
 
 
 def recover(path: Path):
-    "A save killed between its renames left the old folder under another name: take it back."
+    "Undoes a save that was killed between its two renames: the old folder gets its name back."
     _, old = new_and_old(path.resolve())
     if old.is_dir() and not path.exists(): old.rename(path.resolve())
 
@@ -219,14 +238,16 @@ def _check_revision(revision, model_path):
 
 
 def find_folder(
-    model_path: str | Path | None, # a folder, or a name on the hub: "owner/name"
-    revision: str | None = None,   # of a name: branch ("bfloat16"), tag or commit; None: main
-    parts=tuple(PARTS),            # what a name must have of these
-) -> Path: # for a name the one in the hub's cache; for None that of the shipped model
-    """What exists on the disk is no name. A name's files are fetched once, to HF_HUB_CACHE.
+    model_path: str | Path | None,  # a folder, or a name on the hub: "owner/name"
+    revision: str | None = None,    # of a name: branch ("bfloat16"), tag or commit; None: main
+    parts: list[str] = list(PARTS), # which of these a name must have
+) -> Path: # of a name: in the hub's cache; of None: the shipped model
+    """The folder of a model. What exists on the disk is a folder, even if it looks like a
+    name. The files of a name are fetched once, into HF_HUB_CACHE.
 
-    Raises ValueError for a file, and for a revision where no name is given; FileNotFoundError
-    for no folder, and a name or revision that is unknown, gated, out of reach or in part."""
+    Raises ValueError for a file, and for a revision of anything but a name;
+    FileNotFoundError if there is no folder, and for a name or revision that is unknown,
+    gated, incomplete or out of reach."""
     if model_path is None: folder = Path(paligemma_nb.__file__).parent / "tiny"
     else: recover(folder := Path(model_path))
     if revision is not None: _check_revision(revision, model_path)
@@ -242,9 +263,10 @@ def find_folder(
 # %% ../nbs/13_hub.ipynb #c13a0079
 def find_processor(
     folder: Path,                      # of the model, from `find_folder`
-    processor_path: str | Path | None, # another folder or name, for what is missing in it
+    processor_path: str | Path | None, # another folder or name, for what the first one lacks
 ) -> tuple[Path, Path]: # the folders of tokenizer.json and of the picture settings
-    "FileNotFoundError if a part is missing; ValueError if none is, and for git-lfs pointers."
+    """Raises FileNotFoundError if a part is missing in both; ValueError if the first folder
+    has everything itself, and for git-lfs pointers."""
     parts = "tokenizer", "pictures"
     missing = [part for part in parts if missing_files(folder, [part])]
     if processor_path is not None and not missing:
@@ -255,3 +277,36 @@ def find_processor(
         raise FileNotFoundError(f"no {_lacks(other, missing, _names(other))}")
     for home in (folder, other): refuse_pointers(home, needed_files(home, parts))
     return tuple(other if part in missing else folder for part in parts)
+
+# %% ../nbs/13_hub.ipynb #c13b0002
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model's folder, found and described by `find_model`; whoever opens the model takes
+    this."""
+    path: Path
+    config: dict               # the content of config.json
+    quantization: dict | None  # how the weights are rounded; None: they are floats
+    tokenizer: Path            # the folder of tokenizer.json
+    pictures: Path             # the folder of the picture settings
+
+
+def find_model(
+    model_path: str | Path | ModelFolder | None = None, # as for find_folder, or found already
+    revision: str | None = None,              # as for find_folder
+    processor_path: str | Path | None = None, # as for find_processor
+) -> ModelFolder:
+    """Finds a model and reads its `config.json`, no weights. What has been found already comes
+    back as it is.
+
+    Raises what `find_folder`, `find_processor`, `read_json` and `read_quantization` raise."""
+    if isinstance(model_path, ModelFolder):
+        if revision is None and processor_path is None: return model_path
+        raise ValueError(f"{model_path.path} is found already: "
+                         "revision and processor_path are for find_model")
+    parts = list(PARTS) if processor_path is None else ["weights"]
+    folder = find_folder(model_path, revision, parts)
+    path = folder / "config.json"
+    config = read_json(path)
+    quantization = read_quantization(config, path)
+    refuse_pointers(folder, needed_files(folder)[1:])  # the first one, config.json, is read
+    return ModelFolder(folder, config, quantization, *find_processor(folder, processor_path))

@@ -280,10 +280,12 @@ def prepare(values: dict) -> Job: # from `parse_flags`
     except ValueError as error: raise ValueError(f"--output_image: {error}") from None
     from paligemma_nb.generation import generate_tokens
     from paligemma_nb.hub import find_folder
-    from paligemma_nb.speed import open_model
+    from paligemma_nb.opening import load_model
+    from paligemma_nb.speed import pack
     asked = {n: values[n] for n in ("model_path", "revision", "processor_path", "dtype")}
     device = "cpu" if values["only_cpu"] else values["device"]
-    model, processor = open_model(**asked, device=device, weights=values["quantize"])
+    model, processor = load_model(**asked, device=device, weights=values["quantize"])
+    pack(model)
     inputs = processor(Image.new("RGB", (1, 1)), values["prompt"])  # can prompt and answer be served at all?
     generate_tokens(model, inputs, max_new_tokens=values["max_tokens_to_generate"])
     folder = find_folder(values["model_path"], values["revision"], parts=("weights",))

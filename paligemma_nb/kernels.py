@@ -33,7 +33,8 @@ class PackedBytes:
 
 # %% ../nbs/19_kernels.ipynb #0c5d5671
 def _products(m: int, n: int, k: int):
-    "Yields name, call and result of the same product, [m, k] times [n, k], in several formats."
+    """The same product, [m, k] times [n, k], in several formats: name, call, expected
+    result."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-127, 128, (rows, k), dtype=torch.int8, generator=generator)
             for rows in (m, n))
@@ -47,16 +48,18 @@ def _products(m: int, n: int, k: int):
     yield "packed bytes", lambda: packed(numbers, ones), expected
 
 # %% ../nbs/19_kernels.ipynb #k19s0
-def _call(f): # its result, or None where this build or this processor lacks a kernel
+def _call(f): # its result; None where this build or this processor lacks the kernel
     try: return f()
     except (AttributeError, RuntimeError, NotImplementedError, TypeError): return None
 
 
-def _seconds(call, expected=None): # the least of some calls; infinite where the result is wrong
+def _seconds(call, expected=None):
+    "The least time of a few calls; infinite where there is no kernel or its result is wrong."
     got = _call(call)
     if got is None or expected is not None and not torch.equal(got, expected): return math.inf
     threads, times, begin = torch.get_num_threads(), [], time.thread_time()
-    torch.set_num_threads(1)  # its own time then does not depend on what else the machine is doing
+    # its own time then does not depend on what else the machine is doing
+    torch.set_num_threads(1)
     try:
         while len(times) < 5 and time.thread_time() < begin + .01:
             start = time.thread_time(); call()
@@ -67,16 +70,17 @@ def _seconds(call, expected=None): # the least of some calls; infinite where the
 # %% ../nbs/19_kernels.ipynb #k0c5d04
 @dataclass(frozen=True)
 class Kernels:
-    "Which products pay on this processor, when there are many rows."
-    bfloat16: bool      # else it is faster to widen a weight to float32, block by block
+    "Which products of many rows are faster than float32 on this processor."
+    bfloat16: bool      # if not, it is faster to widen a weight to float32, block by block
     bytes: bool         # int8 times int8, summed up in int32
-    packed_bytes: bool  # the same with a `PackedBytes`
+    packed_bytes: bool  # the same with a PackedBytes
 
 # %% ../nbs/19_kernels.ipynb #k19s1
 @cache
 def kernels() -> Kernels:
-    """Finds out, once a process, in some tens of milliseconds. A product counts only where its
-    result is right to the last bit: some processors add bytes up in sixteen bits, too few."""
+    """Finds out once in each process, in some tens of milliseconds. A product counts only
+    if its result is right to the last bit: some processors add bytes up in sixteen bits,
+    which is too few."""
     small = {name: _seconds(*product) for name, *product in _products(16, 32, 128)}
     # a kernel that oneDNN does not have here is done by a loop thousands of times slower
     there = {name for name, seconds in small.items() if seconds < 20 * small["float32"]}
@@ -90,7 +94,8 @@ _thread = threading.local()
 
 
 def _scratch(name, dtype, *shape):
-    "Memory for what lies between two steps. Each thread has its own; new memory would be slower."
+    """Memory for intermediate results. Each thread has its own; fresh memory would be
+    slower."""
     buffer, size = getattr(_thread, name, None), torch.Size(shape).numel() * dtype.itemsize
     if buffer is None or len(buffer) < size:
         with torch.inference_mode(False): buffer = torch.empty(size, dtype=torch.uint8)
@@ -114,15 +119,18 @@ def wide_linear(
 # %% ../nbs/19_kernels.ipynb #40ae192b
 def in_bytes(
     x: Tensor,    # [m, in]
-    limit: float, # of a row's peak: its largest number, in units of its root mean square
-) -> tuple[Tensor, Tensor, Tensor]: # int8 [m + k, in], steps [m, 1], indices [k] of rows beyond
-    """Each row in steps, -127 … 127; behind them, for the k rows whose peak is beyond the limit,
-    what rounding has left, in steps that are 254 times as fine. Limit 0: all rows."""
+    limit: float, # of a row's peak: its largest number, divided by its root mean square
+) -> tuple[Tensor, Tensor, Tensor]: # int8 [m + k, in]; steps [m, 1]; indices [k]
+    """Rounds each row to bytes, -127 … 127, in steps of its own. Below them stand the
+    remainders of the k rows whose peak is beyond the limit, in steps that are 254 times as
+    fine. A limit of 0 means all rows."""
     numbers, step, norm = x.new_empty(x.shape, dtype=torch.int8), *torch.empty(2, len(x), 1)
-    for i in range(0, len(x), n := max(1, 2**17 // x.shape[1])):  # what lies between fits the cache
+    # as many rows at a time as fit into the cache
+    for i in range(0, len(x), n := max(1, 2**17 // x.shape[1])):
         rows, sizes = _scratch("rows", torch.float32, 2, *x[i:i + n].shape)
         torch.abs(rows.copy_(x[i:i + n]), out=sizes)
-        here = torch.amax(sizes, 1, keepdim=True, out=step[i:i + n]).div_(127).clamp_min_(1e-30)
+        peak = torch.amax(sizes, 1, keepdim=True, out=step[i:i + n])
+        here = peak.div_(127).clamp_min_(1e-30)
         rows.mul_(1 / here)
         if limit: norm[i:i + n] = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         numbers[i:i + n] = rows.round_()
@@ -135,7 +143,7 @@ def in_bytes(
     return numbers, step, twice
 
 # %% ../nbs/19_kernels.ipynb #k19y
-def _with_rest(sums, step, twice): # [m + k, n] floats of `in_bytes`, changed -> [m, n]
+def _with_rest(sums, step, twice): # products [m + k, n] of in_bytes, changed -> [m, n]
     total = sums[:len(step)]
     if len(twice): total.index_add_(0, twice, sums[len(step):], alpha=1 / 254)
     return total.mul_(step)

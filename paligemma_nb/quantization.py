@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['stay_on_cpu', 'Int8Linear', 'Int8Embedding', 'pack_int4', 'unpack_int4', 'int4_rows', 'int4_tables', 'unpack_blocks',
-           'Int4Linear', 'int4_pays', 'Int4Embedding', 'replace_modules', 'quantize', 'weights_of', 'save_quantized',
-           'load_quantized', 'write_quantized', 'main']
+           'Int4Linear', 'int4_pays', 'Int4Embedding', 'replace_modules', 'quantize', 'weights_of', 'load_quantized',
+           'write_quantized']
 
 # %% ../nbs/21_quantization.ipynb #b0
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -16,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoint import (FLOATS, WeightFiles, check_processor, check_shapes,
-                                     empty_model, load_model, read_config, write_folder)
+from .checkpoint import (
+    FLOATS, WeightFiles, _shapes, check_shapes, empty_checkpoint, load_checkpoint, save_model)
 from .gemma import GemmaEmbedding
-from .hub import read_quantization
+from .hub import ModelFolder
 from .kernels import _scratch, _seconds, _with_rest, in_bytes, kernels
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
 
 # %% ../nbs/21_quantization.ipynb #96eb168a
-_OUTPUTS = 512  # computed at a time, so that what lies between two steps stays in the cache
+_OUTPUTS = 512  # computed at a time, so that intermediate results stay in the cache
 
 
 def _rows(x): # [..., in] -> [m, in], at an address that torch 2.13's int8 kernel can take
@@ -55,9 +54,10 @@ def _tall_product(x, small, out_features): # [m, in], Int8Linear or Int4Linear -
 
 # %% ../nbs/21_quantization.ipynb #b6a
 def stay_on_cpu(
-    fn, # what `nn.Module._apply` gets: moves or casts a tensor
-) -> Tensor: # fn of an empty bfloat16 tensor; raises ValueError where it leaves the CPU
-    "There are no kernels for small weights elsewhere. (The meta device counts nothing, so it may.)"
+    fn, # what nn.Module._apply gets: it moves or casts a tensor
+) -> Tensor: # an empty bfloat16 tensor, moved or cast
+    """Raises ValueError where fn moves a tensor away from the CPU: there are no kernels for
+    small weights elsewhere. (On the meta device nothing is computed, so it is fine.)"""
     moved = fn(torch.empty(0, dtype=torch.bfloat16))
     if moved.device.type in ("cpu", "meta"): return moved
     raise ValueError(f"int8, int4 and packed weights run on the CPU, not on {moved.device}: "
@@ -65,12 +65,14 @@ def stay_on_cpu(
 
 # %% ../nbs/21_quantization.ipynb #b6
 class Int8Linear(nn.Module):
-    "A linear map in eight bits: a row of the weight is whole numbers, -127 … 127, times a scale."
-    limit = 16  # for `in_bytes`: a row of inputs loses less than five times what the weights lose
+    """A linear map in eight bits: a row of the weight is whole numbers from -127 to 127,
+    and a scale to multiply them by."""
+    # for in_bytes: a row of inputs loses less than five times what the weights lose
+    limit = 16
 
     def __init__(self, weight: Tensor): # [out, in], of any float dtype
         super().__init__()
-        # a few rows at a time: a whole vocabulary in float32 is large, and fresh memory is slow
+        # a few rows at a time: in float32 a whole vocabulary would take a lot of new memory
         blocks = [self.round(rows) for rows in weight.detach().split(512)]
         for name, parts in zip(("weight", "scale"), zip(*blocks)):
             self.register_buffer(name, torch.cat(parts))
@@ -83,21 +85,21 @@ class Int8Linear(nn.Module):
         return numbers.to(torch.int8), scale
 
     @property
-    def few(self) -> int: # rows up to which PyTorch's kernel for few rows wins, in bfloat16
+    def few(self) -> int: # the most rows for which PyTorch's kernel for few rows is faster
         return 4 if kernels().bytes else 8
 
-    def _apply(self, fn, recurse=True): # behind `.to`, `.float` and the like
+    def _apply(self, fn, recurse=True): # what .to, .float and the like call
         stay_on_cpu(fn)
         return super()._apply(fn, recurse)
 
-    def unpack(self, dtype: torch.dtype, n: int): # yields [in, n] numbers and what one is worth [n]
+    def unpack(self, dtype: torch.dtype, n: int): # yields numbers [in, n] and their scales [n]
         for weight, scale in zip(self.weight.split(n), self.scale.split(n)):
             if dtype == torch.int8: yield weight.t(), scale
             else: yield _scratch("weight", dtype, *weight.shape).copy_(weight).t(), scale
 
     def forward(self, x: Tensor) -> Tensor: # [..., in] -> [..., out]
         rows = _rows(x)
-        # at other widths the kernel crashes, too
+        # the kernel for few rows crashes at widths that are no multiple of 64
         if (len(rows) <= self.few and x.dtype == torch.bfloat16 and rows.shape[1] % 64 == 0
                 and hasattr(torch, "_weight_int8pack_mm")):
             out = torch._weight_int8pack_mm(rows, self.weight, self.scale)
@@ -114,107 +116,131 @@ class Int8Embedding(Int8Linear):
 # %% ../nbs/21_quantization.ipynb #b7
 def pack_int4(
     numbers: Tensor, # uint8 [out, in], 0 … 15
-    rows: int,       # that stand in one block; divides out
-) -> Tensor: # uint8 [out / rows, in, rows / 2]: byte j of a column holds rows j (low bits) and j + rows / 2 (high bits)
+    rows: int,       # in a block; out is a multiple of it
+) -> Tensor: # uint8 [out / rows, in, rows / 2]
+    """Two numbers to a byte: byte j of a column holds row j (low bits) and row j + rows / 2
+    (high)."""
     low, high = numbers.unflatten(0, (-1, 2, rows // 2)).unbind(1)
     return (low | high << 4).transpose(1, 2).contiguous()
 
 
-def unpack_int4(packed: Tensor) -> Tensor: # the inverse
+def unpack_int4(packed: Tensor) -> Tensor:
+    "The inverse of `pack_int4`."
     return torch.stack((packed & 15, packed >> 4), dim=1).transpose(2, 3).flatten(0, 2)
 
 # %% ../nbs/21_quantization.ipynb #b8
 @cache
-def int4_rows() -> int | None: # in a block that this processor's kernel reads (64: AVX-512, 32: AVX2); None: others
-    numbers = torch.randint(16, (64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+def int4_rows() -> int | None: # 64 with AVX-512, 32 with AVX2; None: no kernel here
+    "How many rows stand in a block of `pack_int4` as this processor's kernel reads it."
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randint(16, (64, 64), dtype=torch.uint8, generator=generator)
     scale_zero = torch.tensor([1.0, 8.0]).expand(1, 64, 2).contiguous()
     for rows in (64, 32):
         packed = pack_int4(numbers, rows).view(64, 32)
-        try: product = torch.ops.aten._weight_int4pack_mm_for_cpu(torch.eye(64), packed, 64, scale_zero)
+        try: product = _int4_product(torch.eye(64), packed, 64, scale_zero)
         except (AttributeError, RuntimeError, NotImplementedError): return None
         if torch.equal(product, numbers.T.float()): return rows
 
+
+def _int4_product(rows, packed, group_size, scale_zero): # [m, in], [out, in / 2] -> [m, out]
+    product = torch.ops.aten._weight_int4pack_mm_for_cpu
+    return product(rows, packed, group_size, scale_zero)
+
 # %% ../nbs/21_quantization.ipynb #b8a
 def int4_tables(
-    scale_zero: Tensor, # [in / group_size, out, 2]: what a step is worth; the value that 8 stands for
+    scale_zero: Tensor, # [in / group_size, out, 2]: a step; the value that 8 stands for
     dtype: torch.dtype, # of the numbers wanted: torch.int8, or a float
-) -> tuple[Tensor, Tensor, Tensor]: # steps and zeros [in / group_size, 1, out]; worth [out]
-    "What makes a number out of four bits: times the step of its group, plus the value of a 0."
+) -> tuple[Tensor, Tensor, Tensor]: # steps and zeros [in / group_size, 1, out]; scales [out]
+    """What makes a weight out of four bits: times the step of its group, plus the value of
+    a 0, and all of that times a scale for each output."""
     step, zero = scale_zero.permute(2, 0, 1).float()
-    zero, worth = zero - 8 * step, torch.ones_like(step[0])
-    if dtype == torch.int8:  # with seven bits behind the point
-        worth = torch.maximum(zero.abs(), (zero + 15 * step).abs()).amax(dim=0).div_(127)
-        factor = 128 / worth.clamp_min_(1e-30)
-        step, zero, dtype = (step * factor).round_(), (zero * factor).round_() + 64, torch.int16
-    return step.to(dtype)[:, None], zero.to(dtype)[:, None], worth
+    zero, scale = zero - 8 * step, torch.ones_like(step[0])
+    if dtype == torch.int8:  # steps and zeros in fixed point, with seven bits after the point
+        scale = torch.maximum(zero.abs(), (zero + 15 * step).abs()).amax(dim=0).div_(127)
+        factor = 128 / scale.clamp_min_(1e-30)
+        step, zero, dtype = (step * factor).round_(), (zero
+                                                       * factor).round_() + 64, torch.int16
+    return step.to(dtype)[:, None], zero.to(dtype)[:, None], scale
 
 # %% ../nbs/21_quantization.ipynb #b8b
 def unpack_blocks(
-    weight: Tensor,     # uint8 [out / rows, in, rows / 2], of `pack_int4`
-    tables: tuple[Tensor, Tensor, Tensor], # of `int4_tables`
-    n: int,             # outputs at a time, about; they are overwritten by the next
-): # yields numbers [in, n], int8 or floats, and what one of them is worth [n]
+    weight: Tensor,     # uint8 [out / rows, in, rows / 2], from pack_int4
+    tables: tuple[Tensor, Tensor, Tensor], # from int4_tables
+    n: int,             # about how many outputs at a time; the next ones overwrite them
+): # yields numbers [in, n], int8 or floats, and the scales of the outputs [n]
+    "The weights of four bits, some outputs at a time."
     rows, groups = 2 * weight.shape[2], len(tables[0])
     blocks = max(1, n // rows)
     cut = zip(weight.split(blocks), *(table.split(blocks * rows, -1) for table in tables))
-    for block, step, zero, worth in cut:
-        numbers = _scratch("numbers", torch.uint8, weight.shape[1], len(worth))
-        # eight bytes at a time; a shift carries bits over from the next byte: they are cut off
+    for block, step, zero, scale in cut:
+        numbers = _scratch("numbers", torch.uint8, weight.shape[1], len(scale))
+        # eight bytes at a time; what a shift brings over from the next byte is masked out
         low, high = numbers.view(torch.int64).unflatten(1, (-1, 2, rows // 16)).unbind(2)
         low.copy_(block.view(torch.int64).transpose(0, 1))
         torch.bitwise_right_shift(low, 4, out=high)
         values = _scratch("weight", step.dtype, *numbers.shape).copy_(numbers.bitwise_and_(15))
         by_group = values.unflatten(0, (groups, -1))
         torch.addcmul(zero, by_group, step, out=by_group)
-        if step.dtype != torch.int16: yield values, worth
-        else: yield numbers.view(torch.int8).copy_(values.bitwise_right_shift_(7)), worth
+        if step.dtype != torch.int16: yield values, scale
+        else: yield numbers.view(torch.int8).copy_(values.bitwise_right_shift_(7)), scale
 
 # %% ../nbs/21_quantization.ipynb #b10
 class Int4Linear(nn.Module):
-    "A linear map in four bits: `group_size` neighbours of a row share a scale and a zero point."
-    few, limit = 32, 20  # as in `Int8Linear`; inputs lose at most half as much as the weights
+    """A linear map in four bits: `group_size` neighbours of a row share a scale and a zero
+    point."""
+    few, limit = 32, 20  # as in Int8Linear; inputs lose at most half as much as the weights
 
     def __init__(self,
-        weight: Tensor,        # [out, in], of any float dtype; multiples of `rows` and `group_size`
+        weight: Tensor,        # [out, in], floats; multiples of rows and group_size
         group_size: int = 64,  # 32, 64, 128 or 256
-        rows: int = 64,        # in a block of `pack_int4`
+        rows: int = 64,        # in a block of pack_int4
     ):
         super().__init__()
         blocks = [self.round(part, group_size) for part in weight.detach().split(512)]
-        self.register_buffer("weight", torch.cat([pack_int4(numbers, rows) for numbers, _ in blocks]))
-        self.register_buffer("scale_zero", torch.cat([scale_zero for _, scale_zero in blocks], dim=1))
+        numbers, scale_zero = zip(*blocks)
+        packed = torch.cat([pack_int4(part, rows) for part in numbers])
+        self.register_buffer("weight", packed)
+        self.register_buffer("scale_zero", torch.cat(scale_zero, dim=1))
 
     @staticmethod
-    def round(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]: # uint8 [n, in]; [in / group_size, n, 2]
-        groups = weight.float().unflatten(1, (-1, group_size))
+    def round(
+        weight: Tensor, group_size: int, # [n, in]
+    ) -> tuple[Tensor, Tensor]: # uint8 [n, in]; scales and zero points [in / group_size, n, 2]
+        groups, tiny = weight.float().unflatten(1,
+                                                (-1,
+                                                 group_size)), torch.finfo(weight.dtype).tiny
         low, high = groups.aminmax(dim=-1)
-        scale = ((high - low) / 15).clamp_min(torch.finfo(weight.dtype).tiny).to(weight.dtype).float()
-        numbers = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15).byte().flatten(1)
-        # the kernel takes 8 off each number; so the zero point is the value that 8 stands for
-        return numbers, torch.stack((scale, low + 8 * scale), dim=-1).transpose(0, 1).to(weight.dtype).contiguous()
+        scale = ((high - low) / 15).clamp_min(tiny).to(weight.dtype).float()
+        numbers = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15)
+        # the kernel subtracts 8 from each number, so its zero point is the value of an 8
+        scale_zero = torch.stack((scale, low + 8 * scale), dim=-1).transpose(0, 1)
+        return numbers.byte().flatten(1), scale_zero.to(weight.dtype).contiguous()
 
     _apply = Int8Linear._apply
 
-    def unpack(self, dtype, n): # as `Int8Linear.unpack`
+    def unpack(self, dtype, n): # as in Int8Linear
         return unpack_blocks(self.weight, int4_tables(self.scale_zero, dtype), n)
 
     group_size = property(lambda self: self.weight.shape[1] // len(self.scale_zero))
     block_rows = property(lambda self: 2 * self.weight.shape[2])
 
-    def block_by(self, rows: int): # lays the weight out in blocks of so many
+    def block_by(self, rows: int):
+        "Changes the number of rows in a block, in place."
         if rows != self.block_rows: self.weight = pack_int4(unpack_int4(self.weight), rows)
 
     def forward(self, x: Tensor) -> Tensor: # [..., in] -> [..., out]
         rows = _rows(x)
-        if len(rows) <= self.few and x.dtype == torch.bfloat16 and int4_rows() == self.block_rows:
+        if (len(rows) <= self.few and x.dtype == torch.bfloat16
+                and int4_rows() == self.block_rows):
             packed = self.weight.view(-1, rows.shape[1] // 2)  # [out, in / 2]
-            out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, self.group_size, self.scale_zero)
+            out = _int4_product(rows, packed, self.group_size, self.scale_zero)
         else: out = _tall_product(rows, self, self.scale_zero.shape[1])
         return out.view(*x.shape[:-1], out.shape[1])
 
 # %% ../nbs/21_quantization.ipynb #b10p
 @cache
-def int4_pays() -> bool: # for many rows, on this processor: is it faster than bfloat16 as it is stored?
+def int4_pays() -> bool:
+    "Is a product of many rows faster with four bits than with bfloat16, on this processor?"
     weight, x = torch.randn(512, 1024).bfloat16(), torch.randn(128, 1024).bfloat16()
     small = Int4Linear(weight)
     return _seconds(lambda: small(x)) < _seconds(lambda: F.linear(x, weight))
@@ -225,16 +251,20 @@ class Int4Embedding(Int4Linear):
     attend = Int4Linear.forward
 
     def forward(self, ids: Tensor) -> Tensor: # [...] -> [..., c]
+        block, row = ids // self.block_rows, ids % self.block_rows
         half = self.block_rows // 2
-        bytes_ = self.weight[ids // self.block_rows, :, ids % half]  # [..., c], each with another row's bits beside
-        numbers = (bytes_ >> (4 * (ids % self.block_rows >= half))[..., None]) & 15
+        pairs = self.weight[block, :, row % half]  # [..., c]: each holds two rows
+        numbers = (pairs >> (4 * (row >= half))[..., None]) & 15
         scale, zero = self.scale_zero.transpose(0, 1)[ids].unbind(-1)  # [..., c / group_size]
         groups = (numbers.to(scale.dtype) - 8).unflatten(-1, (-1, self.group_size))
         return (groups * scale[..., None] + zero[..., None]).flatten(-2)
 
 # %% ../nbs/21_quantization.ipynb #b12
-def replace_modules(module: nn.Module, swap):
-    "Every child for which `swap` returns a module gives way to it; into the others we go."
+def replace_modules(
+    module: nn.Module, # changed in place
+    swap,              # gets a module, returns the one to take its place, or None
+):
+    "Replaces children, and the children of those that stay."
     for name, child in module.named_children():
         new = swap(child)
         if new is None: replace_modules(child, swap)
@@ -246,13 +276,15 @@ def quantize(
     weights: str,            # "int8" or "int4"
     group_size: int = 64,    # of int4: 32, 64, 128 or 256 neighbours share a scale
     rows: int | None = None, # in a block of int4; None: what this processor's kernel reads
-) -> PaliGemmaForConditionalGeneration: # the same, for inference only
-    """Rounds the decoder's matrices and the embedding, which is also the output head, but not the
-    vision tower: it runs once for a picture. In bfloat16, inputs are rounded, too: see `in_bytes`.
+) -> PaliGemmaForConditionalGeneration: # the same model, for inference only
+    """Rounds the decoder's matrices and the embedding, which is also the output head. The
+    vision tower stays as it is: it runs once for a picture. In bfloat16, activations are
+    rounded as well: see `in_bytes`.
 
-    A matrix that is to have four bits, but whose sides are no multiples of 64 and `group_size`,
-    gets eight: `weights_of` counts them. `model.quantization` keeps what was asked for. Raises
-    ValueError for other settings, another device and a model that is quantised or packed."""
+    Where four bits are asked for, a matrix whose sides are no multiples of 64 and
+    `group_size` gets eight; `weights_of` counts them. `model.quantization` keeps what was
+    asked for. Raises ValueError for other settings, another device and a model that is
+    quantised or packed."""
     if weights not in ("int8", "int4"):
         raise ValueError(f"weights: expected 'int8' or 'int4', got {weights!r}")
     if group_size not in (32, 64, 128, 256):
@@ -283,57 +315,43 @@ def quantize(
 # %% ../nbs/21_quantization.ipynb #b14
 def weights_of(
     model: PaliGemmaForConditionalGeneration,
-) -> str: # for people: "bfloat16", "bfloat16, packed", "int8", "int4 (2 of 29 matrices have eight bits)"
-    modules, head = list(model.modules()), model.language_model.model.embed_tokens
+) -> str: # "bfloat16", "bfloat16, packed", "int8", "int4 (2 of 29 matrices have eight bits)"
+    "What the decoder's weights are, in words."
+    decoder = list(model.language_model.modules())
     if settings := getattr(model, "quantization", None):
-        four = sum(isinstance(m, Int4Linear) for m in modules)
-        linear = sum(hasattr(m, "few") for m in model.language_model.modules())
-        if settings["weights"] == "int8" or four == linear: return settings["weights"]
-        return f"int4 ({linear - four} of {linear} matrices have eight bits)"
+        four = sum(isinstance(m, Int4Linear) for m in decoder)
+        matrices = sum(hasattr(m, "few") for m in decoder)
+        if settings["weights"] == "int8" or four == matrices: return settings["weights"]
+        return f"int4 ({matrices - four} of {matrices} matrices have eight bits)"
     dtype = str(model.language_model.model.norm.weight.dtype).removeprefix("torch.")
+    head = model.language_model.model.embed_tokens
     return dtype + ", packed" * (not isinstance(head, GemmaEmbedding))
-
-# %% ../nbs/21_quantization.ipynb #b15
-def save_quantized(
-    model: PaliGemmaForConditionalGeneration, # from `quantize`, not packed
-    processor: PaliGemmaProcessor,
-    path: str | Path,                         # as for `save_model`
-):
-    """Writes a folder that `load_quantized` reads without the original, as carefully as `save_model`
-    does. Raises ValueError for a model that is packed or has no quantised weights, and for another
-    model's processor."""
-    settings = getattr(model, "quantization", None)
-    if settings is None:
-        raise ValueError("expected a model as `quantize` leaves it, got weights that are "
-                         f"{weights_of(model)}")
-    check_processor(processor, model.config, "the model to save")
-    dtype = str(model.language_model.model.norm.weight.dtype).removeprefix("torch.")
-    settings = dict(quant_method="paligemma_nb", **settings)
-    config = model.config.to_dict() | dict(dtype=dtype, quantization_config=settings)
-    write_folder(path, config, model.state_dict(), processor)
 
 # %% ../nbs/21_quantization.ipynb #b16
 def load_quantized(
-    folder: Path, # of `save_quantized`
-) -> tuple[PaliGemmaForConditionalGeneration, PaliGemmaProcessor]:
-    "Raises ValueError, with the name of the file, for whatever `save_quantized` would not have written."
-    path, config, settings = folder / "config.json", read_config(folder), read_quantization(folder)
-    try:
-        if settings is None: raise ValueError("none")
-        options = {name: settings[name] for name in ("weights", "group_size", "rows") if name in settings}
-        model = quantize(empty_model(config), **options)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
-        raise ValueError(f"{path}: expected a quantization_config as `save_quantized` writes it, got {e}") from None
-    processor = PaliGemmaProcessor.from_pretrained(folder)
-    check_processor(processor, config, folder)
-    files, expected = WeightFiles(folder, FLOATS | dict(I8=torch.int8, U8=torch.uint8)), model.state_dict()
-    check_shapes({name: tuple(x.shape) for name, x in expected.items()}, files.shapes, files.path)
-    tensors = {name: files[name].clone() for name in expected}  # a map begins anywhere, but kernels want aligned rows
+    found: ModelFolder, # from find_model; its weights are rounded
+) -> tuple[PaliGemmaForConditionalGeneration, PaliGemmaProcessor]: # on the CPU, in eval mode
+    """A model as `quantize` left it, strictly. Raises ValueError, with the name of the
+    file, for whatever `save_model` would not have written."""
+    model, processor = empty_checkpoint(found)
+    settings = found.quantization or {}
+    options = {name: settings.get(name, default)
+               for name, default in (("weights", None), ("group_size", 64), ("rows", None))}
+    try: quantize(model, **options)
+    except ValueError as e:
+        raise ValueError(f"{found.path / 'config.json'}: expected a quantization_config as "
+                         f"`save_model` writes it, got {e}") from None
+    files = WeightFiles(found.path, FLOATS | dict(I8=torch.int8, U8=torch.uint8))
+    expected = model.state_dict()
+    check_shapes(_shapes(expected), files.shapes, files.path)
+    # copies: kernels want aligned rows, but in the mapped file a tensor may begin anywhere
+    tensors = {name: files[name].clone() for name in expected}
     for name, x in expected.items():
-        if x.dtype.is_floating_point != tensors[name].dtype.is_floating_point:
-            raise ValueError(f"{files.path}: {name} is stored as {tensors[name].dtype}, expected {x.dtype}")
+        if x.is_floating_point() != tensors[name].is_floating_point():
+            raise ValueError(f"{files.path}: {name} is stored as {tensors[name].dtype}, "
+                             f"expected {x.dtype}")
     model.load_state_dict(tensors, assign=True)
-    if int4_rows() and "rows" in model.quantization:  # it may come from another kind of processor
+    if int4_rows() and "rows" in model.quantization:  # written by another kind of processor?
         model.quantization["rows"] = int4_rows()
         for m in model.modules():
             if isinstance(m, Int4Linear): m.block_by(int4_rows())
@@ -341,24 +359,12 @@ def load_quantized(
 
 # %% ../nbs/21_quantization.ipynb #b18
 def write_quantized(
-    model_path: str,  # as for `load_model`
-    output_path: str, # as for `save_model`
-    weights: str = "int4", group_size: int = 64, **unknown, # as for `quantize`; unknown flags are refused
-) -> None:
-    "Rounds a model's weights and writes them to a folder of their own."
-    if unknown: raise ValueError(f"unknown flags {list(unknown)}: expected weights or group_size after the two folders")
-    model, processor = load_model(model_path, device="cpu")
-    save_quantized(quantize(model, weights, group_size), processor, str(output_path))
+    model_path: str,         # folder or hub name of a model with float weights
+    output_path: str,        # folder to write
+    weights: str = "int4",   # "int8" or "int4"
+    group_size: int = 64,    # of int4: 32, 64, 128 or 256 neighbours share a scale
+):
+    "Rounds a model's weights and saves them in a folder of their own."
+    model, processor = load_checkpoint(model_path, device="cpu")
+    save_model(quantize(model, weights, group_size), processor, output_path)
     print(f"written: {output_path}")
-
-
-def main():
-    "The command line: `python -m paligemma_nb.quantization quantize FOLDER TARGET --weights int8`, or `--help`."
-    import fire
-    try: fire.Fire(dict(quantize=write_quantized), name="paligemma_nb.quantization")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__" and "__file__" in globals(): main()  # not in a notebook

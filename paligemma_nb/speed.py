@@ -4,39 +4,32 @@
 
 # %% auto #0
 __all__ = ['can_pack', 'Packed', 'PackedLinear', 'WideLinear', 'PackedInt8Linear', 'PackedGemmaMLP', 'PackedSiglipMLP',
-           'PackedEmbedding', 'pack', 'open_model']
+           'PackedEmbedding', 'pack']
 
 # %% ../nbs/22_speed.ipynb #b0
-import warnings
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoint import load_model
 from .gemma import GemmaEmbedding, GemmaMLP
-from .hub import PARTS, find_folder, read_quantization
-from .kernels import (PackedBytes, _call, _with_rest, in_bytes, kernels,
-                                  wide_linear)
+from .kernels import (
+    PackedBytes, _call, _with_rest, in_bytes, kernels, wide_linear)
 from .paligemma import PaliGemmaForConditionalGeneration
-from .processing import PaliGemmaProcessor
-from .quantization import (Int8Linear, int4_pays, load_quantized, quantize,
-                                       replace_modules, stay_on_cpu, weights_of)
+from .quantization import Int8Linear, replace_modules, stay_on_cpu
 from .siglip import SiglipMLP
 
 # %% ../nbs/22_speed.ipynb #b1
-def can_pack(
-    weight: Tensor, # of a linear map
-) -> bool: # are there kernels here that read it faster when it is packed?
-    "bfloat16 on a CPU that multiplies it faster than float32. Nothing is packed elsewhere."
+def can_pack(weight: Tensor) -> bool:
+    """Is it faster here to multiply this weight of a linear map when it is packed? True for
+    bfloat16 on a CPU that multiplies it faster than float32."""
     return (weight.device.type == "cpu" and weight.dtype == torch.bfloat16
             and kernels().bfloat16 and _has_packing())
 
 
 @cache
-def _has_packing(): # does this build of PyTorch have the operations that `PackedLinear` calls?
+def _has_packing(): # does this build of PyTorch have the operations that PackedLinear calls?
     x = torch.eye(64, dtype=torch.bfloat16)
 
     def product():
@@ -48,14 +41,15 @@ def _has_packing(): # does this build of PyTorch have the operations that `Packe
 
 # %% ../nbs/22_speed.ipynb #b2p
 class Packed(nn.Module):
-    "What holds weights in an order that only this processor's kernels read: it answers, no more."
+    """Holds weights in an order that only this processor's kernels can read. It computes,
+    and refuses everything else."""
     def _refuse(self, *args, **kwargs):
-        raise ValueError("packed weights can be neither copied nor saved, loaded, moved or cast: "
-                         "open the folder again, without packing, for a model that can")
+        raise ValueError("packed weights can be neither copied nor saved, loaded, moved or "
+                         "cast: open the folder again, without packing, for a model that can")
 
     __deepcopy__ = __reduce_ex__ = _save_to_state_dict = _load_from_state_dict = _refuse
 
-    def _apply(self, fn, recurse=True): # behind `.to`, `.float` and the like
+    def _apply(self, fn, recurse=True): # what .to, .float and the like call
         moved = stay_on_cpu(fn)
         if moved.dtype != torch.bfloat16 or moved.is_meta: self._refuse()
         return self
@@ -74,20 +68,21 @@ class PackedLinear(Packed):
 
     def forward(self,
         x: Tensor,                    # [..., in]
-        gelu: bool = False,           # followed by the tanh-GELU, before it leaves the registers
-        times: Tensor | None = None,  # [..., out]: multiplied by this, on the same occasion
+        gelu: bool = False,           # apply the tanh-GELU before results leave the registers
+        times: Tensor | None = None,  # [..., out]: multiply by it, in the same call
     ) -> Tensor: # [..., out]
-        if times is not None:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, times, self.packed, self.bias, "mul")
+        product = torch.ops.mkldnn._linear_pointwise
+        if times is not None: return product.binary(x, times, self.packed, self.bias, "mul")
         after = ("gelu", [], "tanh") if gelu else ("none", [], "")
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *after)
+        return product(x, self.packed, self.bias, *after)
 
 # %% ../nbs/22_speed.ipynb #b2w
 class WideLinear(nn.Linear):
-    "A linear map for processors that are slow with bfloat16: many rows are multiplied in float32."
-    few = 8  # rows up to which reading half of the bytes is worth more
+    """A linear map for processors that are slow with bfloat16: many rows are multiplied in
+    float32."""
+    few = 8  # the most rows for which reading half as many bytes is faster
 
-    def __init__(self, linear: nn.Linear): # its parameters are taken over
+    def __init__(self, linear: nn.Linear): # the new one takes over its parameters
         nn.Module.__init__(self)
         self.out_features, self.in_features = linear.weight.shape
         self.weight, self.bias = linear.weight, linear.bias
@@ -99,7 +94,7 @@ class WideLinear(nn.Linear):
 # %% ../nbs/22_speed.ipynb #b2s
 class PackedInt8Linear(Packed):
     "`Int8Linear` with a weight that is packed for products of bytes, for any number of rows."
-    few = 8  # rows that all have 16 bits: so many cost no more than one
+    few = 8  # at most so many rows get 16 bits each: they cost no more than one
 
     def __init__(self, small: Int8Linear):
         super().__init__()
@@ -141,12 +136,14 @@ class PackedSiglipMLP(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    "Rows are looked up in the table as it is; the output head reads a packed copy."
+    "Tokens are looked up in the table as it is; the output head reads a packed copy."
     def __init__(self, table: GemmaEmbedding):
         super().__init__()
         self.weight, self.head = table.weight, PackedLinear(table.weight)
 
-    def forward(self, ids: Tensor) -> Tensor: return F.embedding(ids, self.weight) # [...] -> [..., c]
+    def forward(self, ids: Tensor) -> Tensor: # [...] -> [..., c]
+        return F.embedding(ids, self.weight)
+
     def attend(self, hidden: Tensor) -> Tensor: return self.head(hidden) # [..., c] -> [..., v]
 
 # %% ../nbs/22_speed.ipynb #b4
@@ -167,54 +164,14 @@ def _wide(module):
 
 
 def pack(
-    model: PaliGemmaForConditionalGeneration, # changed in place; in float32 it is left as it is
-) -> PaliGemmaForConditionalGeneration: # the same, for inference
-    """Lays the weights out for this processor: a packed model can neither be trained, saved, copied
-    nor moved. One matrix at a time, so that there are never two whole models."""
+    model: PaliGemmaForConditionalGeneration, # changed in place
+) -> PaliGemmaForConditionalGeneration: # the same model, for inference only
+    """Lays the weights out as this processor reads them fastest, one matrix at a time, so
+    that there are never two whole models in memory. What is packed can be neither trained
+    nor saved, copied or moved. Only bfloat16 on the CPU gains from it: other models are
+    left as they are."""
     weight = model.language_model.model.norm.weight
     if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
         replace_modules(model.requires_grad_(False), _small)
         replace_modules(model, _packed if can_pack(weight) else _wide)
     return model
-
-# %% ../nbs/22_speed.ipynb #b17
-def open_model(
-    model_path: str | Path | None = None,    # as for `load_model`, or a folder of `save_quantized`
-    *, device: torch.device | str | None = None,  # None: CUDA if there is one, else the CPU
-    dtype: torch.dtype | str | None = None,       # None: the file's
-    weights: str | None = None,                   # "int8" or "int4": rounded after loading
-    revision: str | None = None,                  # as for `load_model`
-    processor_path: str | Path | None = None,     # as for `load_model`
-) -> tuple[PaliGemmaForConditionalGeneration, PaliGemmaProcessor]: # for inference, see `pack`
-    """`load_model` for whoever wants answers: the weights are laid out for this processor. Small
-    weights run on the CPU. Warns, once, where they save memory and no time.
-
-    Raises what `load_model` and `quantize` raise; ValueError where a folder's quantised weights are
-    not those asked for."""
-    folder = find_folder(model_path, revision, PARTS if processor_path is None else ["weights"])
-    settings = read_quantization(folder)
-    if settings is None:
-        device = "cpu" if weights and device is None else device
-        model, processor = load_model(folder, device=device, dtype=dtype, processor_path=processor_path)
-        if weights: quantize(model, weights)
-    else:
-        if dtype is not None or str(device or "cpu") != "cpu":
-            raise ValueError(f"{folder} holds quantised weights: they run on the CPU, in the dtype "
-                             "they were saved with")
-        if processor_path is not None:
-            raise ValueError(f"{folder} holds quantised weights, which come with their processor: "
-                             "processor_path is for folders that lack one")
-        model, processor = load_quantized(folder)
-        if weights not in (None, stored := model.quantization["weights"]):
-            raise ValueError(f"{folder} holds {stored} weights, not {weights}")
-    if small := getattr(model, "quantization", None): _warn_of_slow(model, small["weights"])
-    return pack(model), processor
-
-# %% ../nbs/22_speed.ipynb #b17w
-def _warn_of_slow(model, weights):
-    if model.language_model.model.norm.weight.dtype == torch.float32:
-        warnings.warn(f"in float32, {weights} weights save memory and no time; "
-                      "dtype='bfloat16' is faster", stacklevel=3)
-    elif weights == "int4" and not int4_pays():
-        warnings.warn("on this processor int4 weights save memory, but the first token comes later "
-                      "than with int8 or bfloat16", stacklevel=3)

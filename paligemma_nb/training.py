@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from .checkpoint import load_model, save_model
+from .checkpoint import save_model
+from .opening import load_model
 from .gemma import GemmaConfig
 from .paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor, train_tokenizer
