@@ -275,7 +275,7 @@ def find_processor(
     other = folder if processor_path is None else find_folder(processor_path, parts=missing)
     if missing_files(other, missing):
         raise FileNotFoundError(f"no {_lacks(other, missing, _names(other))}")
-    for home in (folder, other): refuse_pointers(home, needed_files(home, parts))
+    for home in {folder, other}: refuse_pointers(home, needed_files(home, parts))
     return tuple(other if part in missing else folder for part in parts)
 
 # %% ../nbs/13_hub.ipynb #c13b0002

@@ -52,10 +52,9 @@ def load_model(
         if dtype is not None or str(device or "cpu") != "cpu":
             raise ValueError(f"{found.path} holds quantised weights: they run on the CPU, "
                              "in the dtype they were saved with")
-        model, processor = load_quantized(found)
-        stored = model.quantization["weights"]
-        if small and weights != stored:
+        if small and weights != (stored := found.quantization.get("weights")):
             raise ValueError(f"{found.path} holds {stored} weights, not {weights}")
+        model, processor = load_quantized(found)
     if hasattr(model, "quantization"): _warn_of_slow(model)
     return pack(model) if weights == "packed" else model, processor
 
