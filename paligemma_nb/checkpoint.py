@@ -107,26 +107,23 @@ def _open_safetensors(path):
 class WeightFiles:
     """The tensors of a folder's safetensors files, memory-mapped, under their published names.
 
-    Reads `model.safetensors`, or else the shards that `model.safetensors.index.json` lists.
-    Only the headers are read on opening. Raises FileNotFoundError for a missing file;
-    ValueError for one that is cut short, broken or no safetensors, for a shard that does
-    not hold what the index says, a dtype not in `dtypes` and two tensors of one name."""
-    def __init__(self,
-        folder: str | Path,                      # holds the one file, or the index and shards
-        dtypes: dict[str, torch.dtype] = FLOATS, # those that may be stored
-    ):
+    Reads `model.safetensors`, or else the shards that `model.safetensors.index.json` lists; on
+    opening only their headers. Raises FileNotFoundError for a missing file; ValueError for one
+    that is cut short, broken or no safetensors, for a shard that does not hold what the index
+    says, a dtype not in `dtypes` and two tensors of one name."""
+    def __init__(self, folder: str | Path, # holds the one file, or the index and its shards
+                 dtypes: dict[str, torch.dtype] = FLOATS): # which ones may be stored
         self.path = find_weights(Path(folder))
         self._tensors = {}  # name -> (path, its state, open file, key, shape)
-        if self.path.name == WEIGHTS: return self._add(self.path, dtypes)
-        for file, keys in read_index(self.path).items():
-            self._add(self.path.with_name(file), dtypes, keys)
+        files = {WEIGHTS: None} if self.path.name == WEIGHTS else read_index(self.path)
+        for file, keys in files.items(): self._add(self.path.with_name(file), dtypes, keys)
 
-    def _add(self, path, dtypes, expected=None):
+    def _add(self, path, dtypes, expected):
         if not path.is_file():
             raise FileNotFoundError(f"missing weights: {path}, which {INDEX} lists")
         state, file = _state(path), _open_safetensors(path)
         keys = set(file.keys())
-        if expected is not None and keys != expected:
+        if keys != (expected or keys):
             raise ValueError(f"{path} does not fit {INDEX}: {_difference(expected, keys)}")
         for key in sorted(keys):
             name, header = published_key(key), file.get_slice(key)
@@ -137,13 +134,11 @@ class WeightFiles:
             self._tensors[name] = path, state, file, key, tuple(header.get_shape())
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]: # by published name
-        "The shape of every tensor. No data is read."
+    def shapes(self) -> dict[str, tuple[int, ...]]: # by published name; no data is read
         return {name: shape for name, (*_, shape) in self._tensors.items()}
 
-    def __getitem__(self, name: str) -> Tensor: # a view of the file
+    def __getitem__(self, name: str) -> Tensor: # a view; of a large one by a map of its own
         path, state, file, key, shape = self._tensors[name]
-        # a large one gets a map of its own; a small one is not worth reading the header anew
         if torch.Size(shape).numel() >= 2**18: file = _open_safetensors(path)
         if _state(path) == state: return file.get_tensor(key)
         raise ValueError(f"{path} was replaced while it was read: load it again")
@@ -202,7 +197,7 @@ def usable_device(
         raise ValueError(f"device {str(device)!r} cannot be used on this machine: "
                          f"{first_line(e)}") from None
 
-
+# %% ../nbs/14_checkpoint.ipynb #0c293420b
 def check_processor(
     processor: PaliGemmaProcessor, config: PaliGemmaConfig,
     source: str | Path, # where they come from, for the message
@@ -314,7 +309,7 @@ def check_target(path: Path):
         raise ValueError(f"{path} holds something else than a model: "
                          "expected a new folder, an empty one or a model's")
 
-
+# %% ../nbs/14_checkpoint.ipynb #ff96fd9cb
 def write_folder(
     path: str | Path,           # a new folder, an empty one or a model's; parents are made
     config: dict,               # the content of config.json

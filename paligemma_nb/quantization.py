@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['stay_on_cpu', 'Int8Linear', 'Int8Embedding', 'pack_int4', 'unpack_int4', 'int4_rows', 'int4_tables', 'unpack_blocks',
-           'Int4Linear', 'int4_pays', 'Int4Embedding', 'replace_modules', 'quantize', 'weights_of', 'load_quantized',
-           'write_quantized']
+           'round_to_int4', 'Int4Linear', 'int4_pays', 'Int4Embedding', 'replace_modules', 'quantize', 'weights_of',
+           'load_quantized', 'write_quantized']
 
 # %% ../nbs/21_quantization.ipynb #b0
 from functools import cache
@@ -65,9 +65,7 @@ def stay_on_cpu(
 
 # %% ../nbs/21_quantization.ipynb #b6
 class Int8Linear(nn.Module):
-    """A linear map in eight bits: a row of the weight is whole numbers from -127 to 127,
-    and a scale to multiply them by."""
-    # for in_bytes: a row of inputs loses less than five times what the weights lose
+    "A linear map in eight bits: a row of the weight is whole numbers times a scale."
     limit = 16
 
     def __init__(self, weight: Tensor): # [out, in], of any float dtype
@@ -184,6 +182,22 @@ def unpack_blocks(
         if step.dtype != torch.int16: yield values, scale
         else: yield numbers.view(torch.int8).copy_(values.bitwise_right_shift_(7)), scale
 
+# %% ../nbs/21_quantization.ipynb #b10r
+def round_to_int4(
+    weight: Tensor,  # [n, in], of any float dtype
+    group_size: int, # neighbours of a row that share a scale and a zero point
+) -> tuple[Tensor, Tensor]: # uint8 [n, in], 0 … 15; [in / group_size, n, 2]
+    """Lays sixteen levels between the smallest and the largest number of each group: the
+    numbers of the levels, and for each group a scale and a zero point."""
+    groups, tiny = weight.float().unflatten(1,
+                                            (-1, group_size)), torch.finfo(weight.dtype).tiny
+    low, high = groups.aminmax(dim=-1)
+    scale = ((high - low) / 15).clamp_min(tiny).to(weight.dtype).float()
+    numbers = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15)
+    # the kernel subtracts 8 from each number, so its zero point is the value of an 8
+    scale_zero = torch.stack((scale, low + 8 * scale), dim=-1).transpose(0, 1)
+    return numbers.byte().flatten(1), scale_zero.to(weight.dtype).contiguous()
+
 # %% ../nbs/21_quantization.ipynb #b10
 class Int4Linear(nn.Module):
     """A linear map in four bits: `group_size` neighbours of a row share a scale and a zero
@@ -196,25 +210,11 @@ class Int4Linear(nn.Module):
         rows: int = 64,        # in a block of pack_int4
     ):
         super().__init__()
-        blocks = [self.round(part, group_size) for part in weight.detach().split(512)]
+        blocks = [round_to_int4(part, group_size) for part in weight.detach().split(512)]
         numbers, scale_zero = zip(*blocks)
         packed = torch.cat([pack_int4(part, rows) for part in numbers])
         self.register_buffer("weight", packed)
         self.register_buffer("scale_zero", torch.cat(scale_zero, dim=1))
-
-    @staticmethod
-    def round(
-        weight: Tensor, group_size: int, # [n, in]
-    ) -> tuple[Tensor, Tensor]: # uint8 [n, in]; scales and zero points [in / group_size, n, 2]
-        groups, tiny = weight.float().unflatten(1,
-                                                (-1,
-                                                 group_size)), torch.finfo(weight.dtype).tiny
-        low, high = groups.aminmax(dim=-1)
-        scale = ((high - low) / 15).clamp_min(tiny).to(weight.dtype).float()
-        numbers = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15)
-        # the kernel subtracts 8 from each number, so its zero point is the value of an 8
-        scale_zero = torch.stack((scale, low + 8 * scale), dim=-1).transpose(0, 1)
-        return numbers.byte().flatten(1), scale_zero.to(weight.dtype).contiguous()
 
     _apply = Int8Linear._apply
 
@@ -270,6 +270,20 @@ def replace_modules(
         if new is None: replace_modules(child, swap)
         else: setattr(module, name, new)  # the old one, and its memory, can go at once
 
+# %% ../nbs/21_quantization.ipynb #b13c
+def _check_request(model, weights, group_size, rows):
+    text = model.language_model.model
+    if weights not in ("int8", "int4"):
+        raise ValueError(f"weights: expected 'int8' or 'int4', got {weights!r}")
+    if group_size not in (32, 64, 128, 256):
+        raise ValueError(f"group_size: expected 32, 64, 128 or 256, got {group_size}")
+    if rows not in (None, 32, 64): raise ValueError(f"rows: expected 32 or 64, got {rows}")
+    if text.norm.weight.device.type not in ("cpu", "meta"):
+        raise ValueError("int8 and int4 weights run on the CPU; "
+                         f"this model is on {text.norm.weight.device}")
+    if not isinstance(text.embed_tokens, GemmaEmbedding):
+        raise ValueError(f"weights are {weights_of(model)} already")
+
 # %% ../nbs/21_quantization.ipynb #b13
 def quantize(
     model: PaliGemmaForConditionalGeneration, # on the CPU or the meta device; changed in place
@@ -285,19 +299,10 @@ def quantize(
     `group_size` gets eight; `weights_of` counts them. `model.quantization` keeps what was
     asked for. Raises ValueError for other settings, another device and a model that is
     quantised or packed."""
-    if weights not in ("int8", "int4"):
-        raise ValueError(f"weights: expected 'int8' or 'int4', got {weights!r}")
-    if group_size not in (32, 64, 128, 256):
-        raise ValueError(f"group_size: expected 32, 64, 128 or 256, got {group_size}")
-    if rows not in (None, 32, 64): raise ValueError(f"rows: expected 32 or 64, got {rows}")
+    _check_request(model, weights, group_size, rows)
     text, rows = model.language_model.model, rows or int4_rows() or 64
-    if text.norm.weight.device.type not in ("cpu", "meta"):
-        raise ValueError("int8 and int4 weights run on the CPU; "
-                         f"this model is on {text.norm.weight.device}")
-    if not isinstance(text.embed_tokens, GemmaEmbedding):
-        raise ValueError(f"weights are {weights_of(model)} already")
-    settings = dict(weights=weights)
-    if weights == "int4": settings |= dict(group_size=group_size, rows=rows)
+    model.quantization = dict(weights=weights)
+    if weights == "int4": model.quantization |= dict(group_size=group_size, rows=rows)
 
     def small(weight, in_four, in_eight):
         if weights == "int8" or weight.shape[0] % 64 or weight.shape[1] % group_size:
@@ -309,7 +314,6 @@ def quantize(
 
     replace_modules(model.requires_grad_(False).language_model.model.layers, swap)
     text.embed_tokens = small(text.embed_tokens.weight, Int4Embedding, Int8Embedding)
-    model.quantization = settings
     return model
 
 # %% ../nbs/21_quantization.ipynb #b14
