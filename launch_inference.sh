@@ -6,13 +6,13 @@
 set -euo pipefail
 
 MODEL_PATH="${MODEL_PATH:-}"                               # folder of a checkpoint or a hub name; default: shipped
-REVISION="${REVISION:-}"                                   # of a hub name: branch or commit
+REVISION="${REVISION:-}"                                   # branch, tag or commit of a hub name
 PROCESSOR_PATH="${PROCESSOR_PATH:-}"                       # folder or hub name of a tokenizer
 PROMPT="${PROMPT:-}"                                       # "caption en", "detect red circle", "segment red circle", …
 IMAGE_FILE_PATH="${IMAGE_FILE_PATH:-}"                     # a picture, a folder or "*.png"; default: a sample scene
 OUTPUT_IMAGE="${OUTPUT_IMAGE:-}"                           # the picture with boxes and masks; default: see below
 OUTPUT_FORMAT="${OUTPUT_FORMAT:-}"                         # text or json
-BATCH_SIZE="${BATCH_SIZE:-}"                               # of several pictures, so many are answered at a time
+BATCH_SIZE="${BATCH_SIZE:-}"                               # how many answers are written at a time
 MAX_TOKENS_TO_GENERATE="${MAX_TOKENS_TO_GENERATE:-}"
 TEMPERATURE="${TEMPERATURE:-}"                             # used when sampling
 TOP_P="${TOP_P:-}"                                         # used when sampling
@@ -20,14 +20,14 @@ DO_SAMPLE="${DO_SAMPLE:-}"                                 # True or False
 ONLY_CPU="${ONLY_CPU:-}"                                   # True or False
 DEVICE="${DEVICE:-}"                                       # cpu, cuda, cuda:0 or mps
 DTYPE="${DTYPE:-}"                                         # float32, bfloat16 or float16; default: as stored
-QUANTIZE="${QUANTIZE:-}"                                   # int8 or int4: smaller weights, in bfloat16 faster
-MASK_VAE="${MASK_VAE:-}"                                   # decoder of masks, as vae-oid.npz
+QUANTIZE="${QUANTIZE:-}"                                   # int8 or int4: round the weights; default: no
+MASK_VAE="${MASK_VAE:-}"                                   # file with the decoder of masks, like vae-oid.npz
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$root/.ci/setup.sh"
 set_up inference
 
-# Boxes and masks are for looking at: they are drawn in answer.png, those of several pictures in the folder answers.
+# Boxes and masks are drawn into answer.png; those of several pictures into the folder answers.
 points='^[[:space:]]*(detect|segment)[[:space:]]'
 if [[ -z "$OUTPUT_IMAGE" && "$PROMPT" =~ $points && "$*" != *image?file?path* ]]; then
   if [[ -z "$IMAGE_FILE_PATH" || -f "$IMAGE_FILE_PATH" ]]; then OUTPUT_IMAGE=answer.png; else OUTPUT_IMAGE=answers; fi

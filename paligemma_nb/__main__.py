@@ -1,0 +1,6 @@
+"`python -m paligemma_nb`: the command `paligemma-nb`"
+import sys
+
+from .inference import main
+
+sys.exit(main())
