@@ -4,13 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPELLINGS', 'to_published', 'from_published', 'Spelling', 'letter_sizes', 'npz_shapes', 'config_of_shapes',
-           'read_npz', 'write_npz', 'load_npz', 'convert_npz', 'main']
+           'read_npz', 'write_npz', 'load_npz', 'convert_npz']
 
 # %% ../nbs/20_big_vision.ipynb #aa09808e
-import math
-import sys
-import zipfile
-import zlib
+import math, zipfile, zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import (
-    check_processor, check_shapes, check_target, empty_model, float_dtype, save_model, usable_device)
-from .gemma import GemmaConfig
-from .gemma2 import Gemma2Config
+from .checkpoint import (check_processor, check_shapes, check_target, empty_model,
+                                     float_dtype, save_model, usable_device)
+from .gemma import Gemma2Config, GemmaConfig
 from .hub import needed_files, refuse_pointers
 from .paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
@@ -30,51 +26,55 @@ from .siglip import SiglipVisionConfig
 
 # %% ../nbs/20_big_vision.ipynb #4c1a4c58
 def to_published(
-    x: Tensor,    # an array of big_vision's
+    x: Tensor,    # one of big_vision's arrays
     theirs: str,  # a letter for each of its axes, such as "chd"
-    ours: str,    # the letters as our tensor has them; a space parts its axes: "hd c" is a matrix [h * d, c]
-) -> Tensor: # a view where that is possible
+    ours: str,    # the same letters as our tensor has them: "hd c" is a matrix [h * d, c]
+) -> Tensor: # our tensor, a view where that is possible
+    "Permutes the axes and joins those that share a group of letters."
     x = x.permute([theirs.index(letter) for letter in ours.replace(" ", "")])
     for axis, group in enumerate(ours.split()): x = x.flatten(axis, axis + len(group) - 1)
     return x
 
 
 def from_published(
-    x: Tensor,              # a tensor of ours
-    theirs: str, ours: str, # as for `to_published`
-    sizes: dict[str, int],  # of each letter
+    x: Tensor,             # our tensor
+    theirs: str,           # a letter for each axis of big_vision's array
+    ours: str,             # the same letters as our tensor has them
+    sizes: dict[str, int], # of each letter
 ) -> Tensor: # big_vision's array
+    "The inverse of `to_published`."
     letters = ours.replace(" ", "")
     x = x.reshape([int(letter) if letter.isdigit() else sizes[letter] for letter in letters])
     return x.permute([letters.index(letter) for letter in theirs])
 
 # %% ../nbs/20_big_vision.ipynb #6861e818
 class Spelling(NamedTuple):
-    "One array of big_vision's, and what it is in the published PaliGemma files."
+    "One of big_vision's arrays, and what it is in the published PaliGemma files."
     key: str          # "llm/layers/attn/kv_einsum/w"
-    axes: str         # "L2KDC": a letter for each axis; a digit is that size; the first axis may count layers
-    names: list[str]  # ours: two where the array holds two matrices; `*` stands for the layer
-    ours: str         # "KD C": the axes of each, as in `to_published`
+    axes: str         # "L2KCD": a letter for each axis, or a digit for its size
+    names: list[str]  # ours: two if the array holds two matrices; * stands for the layer
+    ours: str         # "KD C": the axes of our tensors, as in to_published
 
     @property
-    def one_axes(self) -> str: # of a single one of our tensors, in big_vision's order
+    def one_axes(self) -> str: # big_vision's axes of a single tensor of ours
         return self.axes[("*" in self.names[0]) + (len(self.names) > 1):]
 
 
 def _section(theirs, ours, table):
     rows = (line.split(maxsplit=3) for line in table.strip().splitlines())
-    return [Spelling(theirs + key, axes, [ours + name for name in names.split(",")], axes_of_ours)
-            for key, axes, names, axes_of_ours in rows]
+    return [Spelling(theirs + key, axes, [ours + name for name in names.split(",")], our_axes)
+            for key, axes, names, our_axes in rows]
 
 # %% ../nbs/20_big_vision.ipynb #3433f262
-# l layers, n patches of p x q pixels in 3 colours, width c, h heads of d features, m in the MLP
-_VISION = _section("img/", "vision_tower.vision_model.", """
+# l layers, n patches of p x q pixels in 3 colours, width c, h heads of d features, MLP width m
+_TOWER = "vision_tower.vision_model."
+_VISION = _section("img/", _TOWER, """
     embedding/kernel          pq3c  embeddings.patch_embedding.weight     c 3 p q
     embedding/bias            c     embeddings.patch_embedding.bias       c
     pos_embedding             1nc   embeddings.position_embedding.weight  1n c
     Transformer/encoder_norm/scale  c  post_layernorm.weight  c
     Transformer/encoder_norm/bias   c  post_layernorm.bias    c
-""") + _section("img/Transformer/encoderblock/", "vision_tower.vision_model.encoder.layers.*.", """
+""") + _section("img/Transformer/encoderblock/", _TOWER + "encoder.layers.*.", """
     LayerNorm_0/scale                            lc    layer_norm1.weight         c
     LayerNorm_0/bias                             lc    layer_norm1.bias           c
     MultiHeadDotProductAttention_0/query/kernel  lchd  self_attn.q_proj.weight    hd c
@@ -97,11 +97,12 @@ _VISION = _section("img/", "vision_tower.vision_model.", """
 """)
 
 # %% ../nbs/20_big_vision.ipynb #7b5dc28b
-# L layers, V tokens, width C, H heads of D features, K heads of keys and values, M in the MLP
+# L layers, V tokens, width C, H heads of D features, K key-value heads, MLP width M
+_LAYERS = "llm/layers/", "language_model.model.layers.*."
 _DECODER = _section("llm/", "language_model.model.", """
     embedder/input_embedding  VC  embed_tokens.weight  V C
     final_norm/scale          C   norm.weight          C
-""") + _section("llm/layers/", "language_model.model.layers.*.", """
+""") + _section(*_LAYERS, """
     pre_attention_norm/scale  LC     input_layernorm.weight                            C
     attn/q_einsum/w           LHCD   self_attn.q_proj.weight                           HD C
     attn/kv_einsum/w          L2KCD  self_attn.k_proj.weight,self_attn.v_proj.weight   KD C
@@ -109,67 +110,81 @@ _DECODER = _section("llm/", "language_model.model.", """
     mlp/gating_einsum         L2CM   mlp.gate_proj.weight,mlp.up_proj.weight           M C
     mlp/linear                LMC    mlp.down_proj.weight                              C M
 """)
-_NORMS = {  # the same name of ours stands before Gemma's MLP, but behind the attention of Gemma 2
+_NORMS = {  # our post_attention_layernorm: before the MLP in Gemma, after attention in Gemma 2
     "gemma": "pre_ffw_norm/scale  LC  post_attention_layernorm.weight  C",
     "gemma2": """
     post_attention_norm/scale  LC  post_attention_layernorm.weight    C
     pre_ffw_norm/scale         LC  pre_feedforward_layernorm.weight   C
     post_ffw_norm/scale        LC  post_feedforward_layernorm.weight  C
 """}
-SPELLINGS = {model_type: _VISION + _DECODER + _section("llm/layers/", "language_model.model.layers.*.", norms)
-             for model_type, norms in _NORMS.items()}  # by the `model_type` of the text_config
+SPELLINGS = {  # by the model_type of the text_config
+    model_type: _VISION + _DECODER + _section(*_LAYERS, norms)
+    for model_type, norms in _NORMS.items()}
 
 # %% ../nbs/20_big_vision.ipynb #6433c688
-def letter_sizes(config: PaliGemmaConfig) -> dict[str, int]: # what each letter of `SPELLINGS` stands for
+def letter_sizes(
+    config: PaliGemmaConfig,
+) -> dict[str, int]: # of the letters in SPELLINGS
+    "What each letter stands for in a model of this config."
     v, t = config.vision_config, config.text_config
-    return dict(l=v.num_hidden_layers, n=v.num_image_tokens, p=v.patch_size, q=v.patch_size, c=v.hidden_size,
-                h=v.num_attention_heads, d=v.hidden_size // v.num_attention_heads, m=v.intermediate_size,
-                L=t.num_hidden_layers, V=t.vocab_size, C=t.hidden_size, H=t.num_attention_heads, D=t.head_dim,
-                K=t.num_key_value_heads, M=t.intermediate_size)
+    return dict(
+        l=v.num_hidden_layers, n=v.num_image_tokens, p=v.patch_size, q=v.patch_size,
+        c=v.hidden_size, h=v.num_attention_heads, d=v.hidden_size // v.num_attention_heads,
+        m=v.intermediate_size, L=t.num_hidden_layers, V=t.vocab_size, C=t.hidden_size,
+        H=t.num_attention_heads, D=t.head_dim, K=t.num_key_value_heads, M=t.intermediate_size)
 
 
-def _shape(spelling, sizes): return tuple(int(a) if a.isdigit() else sizes.get(a, 0) for a in spelling.axes)
+def _shape(spelling, sizes):
+    return tuple(int(a) if a.isdigit() else sizes.get(a, 0) for a in spelling.axes)
 
 
 def npz_shapes(
     config: PaliGemmaConfig,
-) -> dict[str, tuple[int, ...]]: # big_vision's arrays for a model of this config, by name
+) -> dict[str, tuple[int, ...]]: # by big_vision's name
+    "The arrays that big_vision's file holds for a model of this config."
     sizes = letter_sizes(config)
     return {s.key: _shape(s, sizes) for s in SPELLINGS[config.text_config.model_type]}
 
 # %% ../nbs/20_big_vision.ipynb #abacf4e5
-# numpy knows no bfloat16: it saves two raw bytes each, V2
-_DTYPES = {np.dtype("f4"): torch.float32, np.dtype("f2"): torch.float16, np.dtype("V2"): torch.bfloat16}
-_DAMAGE = zipfile.BadZipFile, zlib.error, EOFError
+# numpy does not know bfloat16: it stores V2, two raw bytes
+_DTYPES = {np.dtype("f4"): torch.float32, np.dtype("f2"): torch.float16,
+           np.dtype("V2"): torch.bfloat16}
 
 
 def _open(path):
     if not path.is_file(): raise FileNotFoundError(f"no file {path}")
     refuse_pointers(path.parent, [path.name])
     try: return zipfile.ZipFile(path)
-    except Exception as e: raise ValueError(f"{path} is not a whole .npz file: {e}") from None  # it raises all sorts
+    except Exception as e:  # a broken zip can fail in many ways
+        raise ValueError(f"{path} is not a whole .npz file: {e}") from None
 
 
-def _read_header(file): # an .npy, at its start -> shape, whether the first axis is the fastest, dtype
-    versions = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    return versions[np.lib.format.read_magic(file)](file)
+def _read_header(file): # at the start of an .npy -> shape, whether in Fortran's order, dtype
+    lib = np.lib.format
+    versions = {(1, 0): lib.read_array_header_1_0, (2, 0): lib.read_array_header_2_0}
+    return versions[lib.read_magic(file)](file)
 
 
 def _read_headers(path):
-    "key -> (name in the zip, shape, dtype), checked against the number of bytes, which stay unread"
+    "key -> (name in the zip, shape, dtype), checked against the sizes; no numbers are read"
     headers = {}
     with _open(path) as npz:
         for info in npz.infolist():
             key = info.filename.removeprefix("params/").removesuffix(".npy")
             try:
-                with npz.open(info) as file: (shape, _, dtype), start = _read_header(file), file.tell()
-            except Exception as e: raise ValueError(f"{path}: {key} is no array of numpy's: {e}") from None
+                with npz.open(info) as file:
+                    (shape, _, dtype), start = _read_header(file), file.tell()
+            except Exception as e:
+                raise ValueError(f"{path}: {key} is no array of numpy's: {e}") from None
             if dtype not in _DTYPES:
-                raise ValueError(f"{path}: {key} is stored as {dtype}, expected float32, float16 or bfloat16 (V2)")
+                raise ValueError(f"{path}: {key} is stored as {dtype}, "
+                                 "expected float32, float16 or bfloat16 (V2)")
             expected = start + math.prod(shape) * dtype.itemsize
             if info.file_size != expected:
-                raise ValueError(f"{path}: {key} has {info.file_size:,} bytes, expected {expected:,}")
-            if key in headers: raise ValueError(f"{path}: {info.filename} is a second array for {key}")
+                raise ValueError(f"{path}: {key} has {info.file_size:,} bytes, "
+                                 f"expected {expected:,}")
+            if key in headers:
+                raise ValueError(f"{path}: {info.filename} is a second array for {key}")
             headers[key] = info.filename, shape, dtype
     return headers
 
@@ -177,31 +192,39 @@ def _read_headers(path):
 def config_of_shapes(
     shapes: dict[str, tuple[int, ...]], # of all arrays, by big_vision's name
     source: str | Path,                 # named in errors
-    image_token_index: int,             # id of `<image>`, which the file does not know
+    image_token_index: int,             # id of the image token, which the file does not know
 ) -> PaliGemmaConfig: # what no shape tells is as in the published configs
-    "Raises ValueError for an array too many or too few, and for shapes that do not fit each other."
+    "Raises `ValueError` for missing or surplus arrays and for shapes that do not fit."
     model_type = "gemma2" if "llm/layers/post_ffw_norm/scale" in shapes else "gemma"
-    sizes = {}
-    for s in SPELLINGS[model_type]:
+    spellings, sizes = SPELLINGS[model_type], {}
+    for s in spellings:
         for letter, size in zip(s.axes, shapes.get(s.key, ())): sizes.setdefault(letter, size)
-    check_shapes({s.key: _shape(s, sizes) for s in SPELLINGS[model_type]}, shapes, source)
-    l, n, p, q, c, h, d, m, L, V, C, H, D, K, M = (sizes[letter] for letter in "lnpqchdmLVCHDKM")
+    check_shapes({s.key: _shape(s, sizes) for s in spellings}, shapes, source)
+    l, n, p, q, c, h, d, m, L, V, C, H, D, K, M = (sizes[a] for a in "lnpqchdmLVCHDKM")
     side = math.isqrt(n)
     if min(sizes.values()) < 1 or side ** 2 != n or p != q or h * d != c:
-        raise ValueError(f"{source}: expected square pictures of square patches, and heads that make up the vision "
-                         f"tower's width, got {n} patches of {p} x {q} pixels, {h} heads of {d} for a width of {c}")
+        raise ValueError(
+            f"{source}: expected square pictures of square patches, and heads that make up "
+            f"the vision tower's width, got {n} patches of {p} x {q} pixels, {h} heads of {d} "
+            f"for a width of {c}")
     text_class, more = GemmaConfig, {}
-    if model_type == "gemma2":  # the largest (28B, width 4608) divides queries by the root of its width per head
+    if model_type == "gemma2":  # in the 28B model (width 4608) it is the width per head
         text_class, more = Gemma2Config, dict(query_pre_attn_scalar=C // H if C == 4608 else D)
     try: text = text_class(C, M, L, H, K, V, D, **more)
     except ValueError as e: raise ValueError(f"{source}: {e}") from None
-    return PaliGemmaConfig(SiglipVisionConfig(c, m, l, h, p, side * p), text, image_token_index)
+    vision = SiglipVisionConfig(c, m, l, h, p, side * p)
+    return PaliGemmaConfig(vision, text, image_token_index)
+
+
+def _config_of(headers, path, image_token_index=0):
+    shapes = {key: shape for key, (_, shape, _) in headers.items()}
+    return config_of_shapes(shapes, path, image_token_index)
 
 # %% ../nbs/20_big_vision.ipynb #5942ad9a
 def _read_numbers(file, shape, dtype):
     buffer = bytearray(math.prod(shape) * dtype.itemsize)
     left = memoryview(buffer)
-    while left: # by pieces: the whole would be in memory twice
+    while left: # in pieces: read() would hold everything twice
         count = file.readinto(left[:1 << 24])
         if not count: raise EOFError("it ends early")
         left = left[count:]
@@ -209,33 +232,35 @@ def _read_numbers(file, shape, dtype):
 
 
 def _read_layers(file, stacked):
-    "Yields the layers of a stacked array one by one, another array as one."
+    "Yields the layers of a stacked array one by one, any other array whole."
     shape, is_fortran, dtype = _read_header(file)
     if is_fortran:
         whole = _read_numbers(file, shape[::-1], dtype).permute(*reversed(range(len(shape))))
         yield from whole if stacked else [whole]
     else:
-        for _ in range(shape[0] if stacked else 1): yield _read_numbers(file, shape[1:] if stacked else shape, dtype)
+        count, one = (shape[0], shape[1:]) if stacked else (1, shape)
+        for _ in range(count): yield _read_numbers(file, one, dtype)
 
 
 def read_npz(
-    path: str | Path, # a PaliGemma of big_vision's, such as pt_224.npz; its dtypes are kept
-) -> Iterator[tuple[str, Tensor]]: # (published name, tensor), in the order of `SPELLINGS`
-    """Reads one layer of one array at a time: that, and what you keep, is what memory must hold. Nothing is unpickled.
+    path: str | Path, # big_vision's file of a PaliGemma, such as pt_224.npz
+) -> Iterator[tuple[str, Tensor]]: # published name and tensor, in the file's dtype
+    """Reads one layer of one array at a time, so that memory must only hold that and what you
+    keep. Nothing is unpickled.
 
-    Raises FileNotFoundError without the file; ValueError if it is broken, or holds an array too many, too few or of a
-    shape that does not fit the others."""
-    path = Path(path)
-    headers = _read_headers(path)
-    config = config_of_shapes({key: shape for key, (_, shape, _) in headers.items()}, path, 0)
+    Raises `FileNotFoundError` without the file; `ValueError` if it is broken, or has a missing
+    or surplus array or one whose shape does not fit the others."""
+    headers = _read_headers(path := Path(path))
     with _open(path) as npz:
-        for s in SPELLINGS[config.text_config.model_type]:
+        for s in SPELLINGS[_config_of(headers, path).text_config.model_type]:
             try:
                 with npz.open(headers[s.key][0]) as file:
                     for i, layer in enumerate(_read_layers(file, "*" in s.names[0])):
                         for name, x in zip(s.names, layer if len(s.names) > 1 else [layer]):
-                            yield name.replace("*", str(i)), to_published(x, s.one_axes, s.ours).contiguous()
-            except _DAMAGE as e: raise ValueError(f"{path}: {s.key} is damaged: {e}") from None
+                            x = to_published(x, s.one_axes, s.ours).contiguous()
+                            yield name.replace("*", str(i)), x
+            except (zipfile.BadZipFile, zlib.error, EOFError) as e:
+                raise ValueError(f"{path}: {s.key} is damaged: {e}") from None
 
 # %% ../nbs/20_big_vision.ipynb #1012ba92
 def _as_bytes(x): return memoryview(x.contiguous().cpu().view(torch.uint8).numpy()).cast("B")
@@ -243,78 +268,71 @@ def _as_bytes(x): return memoryview(x.contiguous().cpu().view(torch.uint8).numpy
 
 def write_npz(
     model: PaliGemmaForConditionalGeneration, # of one dtype: float32, float16 or bfloat16
-    path: str | Path,                         # replaced when the new file is whole
+    path: str | Path,                         # replaced only when the new file is complete
 ):
-    """The inverse of `read_npz`: big_vision's arrays under its names. Raises ValueError for a model of other dtypes,
-    and for one without shared keys and values, which big_vision would keep in one einsum of three."""
+    """The inverse of `read_npz`: big_vision's arrays under its names.
+
+    Raises `ValueError` for a model of other dtypes, and for one with as many key-value heads
+    as query heads, for which big_vision has another layout."""
     tensors, sizes, path = model.state_dict(), letter_sizes(model.config), Path(path)
     found = {x.dtype for x in tensors.values()}
     stored = next((stored for stored, dtype in _DTYPES.items() if found == {dtype}), None)
-    if stored is None: raise ValueError(f"expected all of float32, float16 or bfloat16, got {sorted(map(str, found))}")
-    if sizes["H"] == sizes["K"]: raise ValueError(f"expected fewer key-value heads than the {sizes['H']} query heads")
+    if stored is None:
+        raise ValueError("expected all of float32, float16 or bfloat16, "
+                         f"got {sorted(map(str, found))}")
+    if sizes["H"] == sizes["K"]:
+        raise ValueError(f"expected fewer key-value heads than the {sizes['H']} query heads")
+    header = dict(descr=np.lib.format.dtype_to_descr(stored), fortran_order=False)
     new = path.with_name(f".{path.name}.new")
     try:
         with zipfile.ZipFile(new, "w") as npz:
             for s in SPELLINGS[model.config.text_config.model_type]:
                 with npz.open(f"params/{s.key}.npy", "w", force_zip64=True) as file:
-                    np.lib.format.write_array_header_1_0(file, dict(
-                        descr=np.lib.format.dtype_to_descr(stored), fortran_order=False, shape=_shape(s, sizes)))
+                    np.lib.format.write_array_header_1_0(
+                        file, header | dict(shape=_shape(s, sizes)))
                     for i in range(sizes[s.axes[0]] if "*" in s.names[0] else 1):
-                        for name in s.names:
-                            x = tensors[name.replace("*", str(i))]
+                        for x in (tensors[name.replace("*", str(i))] for name in s.names):
                             file.write(_as_bytes(from_published(x, s.one_axes, s.ours, sizes)))
         new.replace(path)
     finally: new.unlink(missing_ok=True)
 
 # %% ../nbs/20_big_vision.ipynb #83170e4e
 def load_npz(
-    npz_path: str | Path,                         # a PaliGemma or PaliGemma 2 of big_vision's
-    tokenizer_folder: str | Path,                 # of any published PaliGemma: all share the tokenizer
-    *, device: torch.device | str | None = None,  # None: CUDA if there is one, else the CPU
-    dtype: torch.dtype | str | None = None,       # "bfloat16", torch.float32, ...; None: that of the embedding
+    npz_path: str | Path,                        # big_vision's file of a PaliGemma 1 or 2
+    tokenizer_folder: str | Path,                # of any published PaliGemma: all share one
+    *, device: torch.device | str | None = None, # None: CUDA if there is one, else the CPU
+    dtype: torch.dtype | str | None = None,      # "bfloat16", …; None: that of the embedding
 ) -> tuple[PaliGemmaForConditionalGeneration, PaliGemmaProcessor]: # the model is in eval mode
-    """As `load_model`, with the same errors and those of `read_npz`. Sizes, the picture's among them, come from the
-    weights; what no shape tells is as in the published configs."""
-    path, device, dtype = Path(npz_path), usable_device(device), None if dtype is None else float_dtype(dtype)
+    """Opens big_vision's own file. All sizes, even that of the picture, come from the weights;
+    what no shape tells is as in the published configs.
+
+    Raises `FileNotFoundError` for a missing file and `ValueError` for what does not fit, as
+    `read_npz` does, and for an unknown device or dtype."""
+    path, home = Path(npz_path), Path(tokenizer_folder)
+    device, dtype = usable_device(device), None if dtype is None else float_dtype(dtype)
     headers = _read_headers(path)
-    home = Path(tokenizer_folder)
     refuse_pointers(home, needed_files(home, ("tokenizer", "pictures")))
-    tokenizer = PaliGemmaProcessor.from_pretrained(tokenizer_folder)
-    config = config_of_shapes({key: shape for key, (_, shape, _) in headers.items()}, path, tokenizer.image_token_id)
+    theirs = PaliGemmaProcessor.from_pretrained(home)
+    config = _config_of(headers, path, theirs.image_token_id)
     vision = config.vision_config
-    processor = PaliGemmaProcessor(tokenizer.tokenizer, vision.image_size, vision.num_image_tokens)
-    check_processor(processor, config, tokenizer_folder)
     dtype = dtype or _DTYPES[headers["llm/embedder/input_embedding"][2]]
+    processor = PaliGemmaProcessor(
+        theirs.tokenizer, vision.image_size, vision.num_image_tokens)
+    check_processor(processor, config, home)
     model = empty_model(config)
-    model.load_state_dict({name: x.to(device, dtype) for name, x in read_npz(path)}, assign=True)
+    model.load_state_dict(
+        {name: x.to(device, dtype) for name, x in read_npz(path)}, assign=True)
     return model.eval(), processor
 
 # %% ../nbs/20_big_vision.ipynb #5225ad14
 def convert_npz(
-    npz_path: str | Path, tokenizer_folder: str | Path, # as for `load_npz`
-    target_folder: str | Path,                          # written as `save_model` does: whole, or not at all
-    dtype: torch.dtype | str | None = None,             # as for `load_npz`
-):
-    "Writes the published format, for `load_model`, for the command line and for transformers."
-    check_target(Path(target_folder))  # before the long part
-    save_model(*load_npz(npz_path, tokenizer_folder, device="cpu", dtype=dtype), target_folder)
-
-# %% ../nbs/20_big_vision.ipynb #acb8b29f
-def _convert(npz_path: str, tokenizer_folder: str, target_folder: str, dtype: str = None, **unknown):
-    "Writes FILE.npz of big_vision's as a folder of the published format; the tokenizer comes from another such folder."
-    if unknown: raise ValueError(f"unknown flags {list(unknown)}: expected dtype")
-    convert_npz(npz_path, tokenizer_folder, target_folder, dtype)
-    print(f"{target_folder} is written")
-
-
-def main():
-    "The command line: `python -m paligemma_nb.big_vision convert FILE.npz TOKENIZER_FOLDER TARGET_FOLDER`."
-    import fire
-    command = fire.decorators.SetParseFn(str)(_convert)  # a folder may be called 007
-    try: fire.Fire(dict(convert=command), name="paligemma_nb.big_vision")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__" and "__file__" in globals(): main()  # not in a notebook
+    npz_path: str | Path,         # big_vision's file of a PaliGemma 1 or 2
+    tokenizer_folder: str | Path, # of any published PaliGemma: all share one
+    target_folder: str | Path,    # written as by save_model: whole, or not at all
+    dtype: str | None = None,     # float32, float16 or bfloat16; None: that of the embedding
+) -> Path: # the folder
+    """Turns big_vision's .npz into a folder of the published format, for `load_model` and for
+    transformers. Raises as `load_npz` and `save_model` do."""
+    check_target(target := Path(target_folder))  # before the long part
+    save_model(*load_npz(npz_path, tokenizer_folder, device="cpu", dtype=dtype), target)
+    return target

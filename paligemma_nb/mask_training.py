@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['UNSEEN', 'CodebookTrainer', 'rasterize', 'random_mask', 'make_masks', 'mask_vae_loss', 'save_mask_vae',
-           'train_mask_vae', 'unseen_mask', 'held_out_masks', 'evaluate_mask_vae', 'measure_mask_vae', 'main']
+           'train_mask_vae', 'unseen_mask', 'held_out_masks', 'evaluate_mask_vae', 'measure_mask_vae']
 
 # %% ../nbs/32_mask_training.ipynb #c32a0005
-import json, math, os, sys, time
+import json, math, os, time
 from pathlib import Path
 
 import numpy as np
@@ -20,19 +20,21 @@ from tqdm import tqdm
 
 from .detection import NUM_CODES, mask_iou
 from .scenes import HELD_OUT, SHAPES, make_scene
-from .segmentation import MASK_SIZE, Codebook, MaskVAE, load_mask_vae, object_mask
+from .segmentation import (MASK_SIZE, Codebook, MaskVAE, load_mask_vae,
+                                       object_mask)
 
 # %% ../nbs/32_mask_training.ipynb #08cc76c8
 class CodebookTrainer:
-    "Keeps each code at the running mean of the vectors that choose it (arXiv 1711.00937, appendix A)."
-    def __init__(self, book: Codebook, vectors: Tensor, decay: float = 0.99): # [m, code_size]; some are the first codes
+    """Keeps each code at the running mean of the vectors that choose it (arXiv 1711.00937,
+    appendix A). The codebook starts with some of the `vectors` [m, code_size]."""
+    def __init__(self, book: Codebook, vectors: Tensor, decay: float = 0.99):
         self.book, self.decay = book, decay
-        self.counts = torch.ones(len(book._embedding))  # of vectors that choose the code in a step, running mean
+        self.counts = torch.ones(len(book._embedding))  # of vectors per step, running mean
         self.sums = vectors[torch.randperm(len(vectors))[:len(self.counts)]]
         book._embedding.copy_(self.sums)
 
-    def update(self, vectors: Tensor, revive: bool) -> Tensor: # [m, code_size] -> [m], the codes that they choose
-        "One step of the means; `revive` puts codes that are hardly ever chosen where vectors are."
+    def update(self, vectors: Tensor, revive: bool) -> Tensor: # [m, code_size] -> [m], codes
+        "One step of the means; `revive` moves codes that are hardly ever chosen to vectors."
         codes = self.book.nearest(vectors)
         chosen = F.one_hot(codes, len(self.counts)).float()  # [m, number of codes]
         self.counts = self.decay * self.counts + (1 - self.decay) * chosen.sum(dim=0)
@@ -41,7 +43,7 @@ class CodebookTrainer:
             dead, mean = self.counts < 0.5, self.counts.mean()
             self.sums[dead] = mean * vectors[torch.randint(len(vectors), (int(dead.sum()),))]
             self.counts[dead] = mean
-        moving = self.counts > 1e-6  # a code that is never chosen stays; its mean would get lost in rounding
+        moving = self.counts > 1e-6  # the others stay: their means would be lost in rounding
         self.book._embedding[moving] = self.sums[moving] / self.counts[moving, None]
         return codes
 
@@ -49,16 +51,19 @@ class CodebookTrainer:
 def rasterize(
     outlines: list[np.ndarray],   # polygons [v, 2], filled
     holes: list[np.ndarray] = (), # polygons cut out of them
-) -> np.ndarray: # float32 [64, 64], 0 … 1: the box around the outlines fills the square
+) -> np.ndarray: # float32 [64, 64], 0 … 1
+    "Draws polygons so that their bounding box fills the square."
     low, high = (f(np.concatenate(outlines), axis=0) for f in (np.min, np.max))
     side = 4 * MASK_SIZE  # drawn four times as large, then averaged
     draw = ImageDraw.Draw(picture := Image.new("L", (side, side)))
     for polygon, fill in [(p, 255) for p in outlines] + [(p, 0) for p in holes]:
-        draw.polygon([tuple(corner) for corner in ((polygon - low) / (high - low) * side - 0.5).tolist()], fill=fill)
+        corners = (polygon - low) / (high - low) * side - 0.5
+        draw.polygon([*map(tuple, corners.tolist())], fill=fill)
     return np.asarray(picture.reduce(4), np.float32) / 255
 
 # %% ../nbs/32_mask_training.ipynb #da885653
-def _polar(radii, angles): return np.stack((radii * np.cos(angles), radii * np.sin(angles)), axis=1)
+def _polar(radii, angles):
+    return np.stack((radii * np.cos(angles), radii * np.sin(angles)), axis=1)
 
 
 def _turned(outline, rng): # narrowed by up to a half, then turned by any angle
@@ -68,8 +73,11 @@ def _turned(outline, rng): # narrowed by up to a half, then turned by any angle
 # %% ../nbs/32_mask_training.ipynb #6eae7fcf
 def _random_polygon(rng):
     n = rng.integers(3, 9)
-    even = (np.arange(n) + rng.uniform(-0.35, 0.35, n)) * 2 * math.pi / n + rng.uniform(0, 2 * math.pi)
-    return _polar(rng.uniform(0.35, 1, n), even if rng.random() < 0.5 else np.sort(rng.uniform(0, 2 * math.pi, n)))
+    even = np.arange(n) + rng.uniform(-0.35, 0.35, n)
+    angles = even * 2 * math.pi / n + rng.uniform(0, 2 * math.pi)
+    radii = rng.uniform(0.35, 1, n)
+    if rng.random() >= 0.5: angles = np.sort(rng.uniform(0, 2 * math.pi, n))
+    return _polar(radii, angles)
 
 # %% ../nbs/32_mask_training.ipynb #c9664285
 def _random_blob(rng):
@@ -78,55 +86,71 @@ def _random_blob(rng):
     return _polar(np.exp((heights * np.cos(waves * angles + shifts)).sum(axis=0)), angles)
 
 # %% ../nbs/32_mask_training.ipynb #1dfed125
-def random_mask(rng: np.random.Generator) -> np.ndarray: # float32 [64, 64]
+def random_mask(rng: np.random.Generator) -> np.ndarray: # float32 [64, 64], 0 … 1
     "A polygon or a blob; now and then with a second one beside it, or with a hole."
     make = _random_blob if rng.random() < 0.5 else _random_polygon
     outlines, holes = [_turned(make(rng), rng)], []
-    if rng.random() < 0.25: outlines += [_turned(make(rng), rng) * rng.uniform(0.4, 1) + rng.uniform(-1, 1, 2)]
-    if rng.random() < 0.25: holes += [outlines[0] * rng.uniform(0.25, 0.7) + rng.uniform(-0.15, 0.15, 2)]
+    if rng.random() < 0.25:
+        second = _turned(make(rng), rng) * rng.uniform(0.4, 1)
+        outlines.append(second + rng.uniform(-1, 1, 2))
+    if rng.random() < 0.25:
+        holes.append(outlines[0] * rng.uniform(0.25, 0.7) + rng.uniform(-0.15, 0.15, 2))
     return rasterize(outlines, holes)
 
 # %% ../nbs/32_mask_training.ipynb #5917da99
-def make_masks(rng: np.random.Generator, num: int) -> Tensor: # float32 [num, 64, 64]
-    "What the codes are learnt from: one half objects of training scenes, one half random shapes."
+def make_masks(rng: np.random.Generator, num: int) -> Tensor: # float32 [num, 64, 64], 0 … 1
+    "A batch to learn from: one half objects of training scenes, one half random shapes."
     objects = []
     while len(objects) < num // 2: objects += make_scene(int(rng.integers(HELD_OUT))).objects
-    masks = [object_mask(o) for o in objects[:num // 2]] + [random_mask(rng) for _ in range(num - num // 2)]
+    masks = [object_mask(o) for o in objects[:num // 2]]
+    masks += [random_mask(rng) for _ in range(num - num // 2)]
     return torch.from_numpy(np.stack(masks))
 
 # %% ../nbs/32_mask_training.ipynb #adeba9f2
-def mask_vae_loss(vae: MaskVAE, masks: Tensor, # [b, 64, 64], 0 … 1
-    trainer: CodebookTrainer | None = None, revive: bool = False, # None: the decoder sees the encoder's vectors
-) -> tuple[Tensor, Tensor]: # scalars: squared error of the masks as -1 … 1; how far vectors are from their codes
+def mask_vae_loss(
+    vae: MaskVAE,
+    masks: Tensor,                          # [b, 64, 64], 0 … 1
+    trainer: CodebookTrainer | None = None, # None: the decoder sees the encoder's vectors
+    revive: bool = False,                   # move codes that are hardly ever chosen
+) -> tuple[Tensor, Tensor]: # scalars: squared error of the masks as -1 … 1, commitment
+    "The loss of one batch. Updates the codebook, if there is a trainer."
     with torch.autocast("cpu", torch.bfloat16): vectors = vae.features(masks)
     vectors, commitment = vectors.float(), torch.zeros(())  # [b, 4, 4, 512]
     if trainer is not None:
         codes = trainer.update(vectors.detach().flatten(0, 2), revive)
         nearest = vae._vq_vae(codes).view_as(vectors)
         commitment = F.mse_loss(vectors, nearest)
-        vectors = vectors + (nearest - vectors).detach()  # the value of `nearest`, the gradient of `vectors`
+        vectors = vectors + (nearest - vectors).detach()  # straight-through
     with torch.autocast("cpu", torch.bfloat16): out = vae.reconstruct(vectors)
     return F.mse_loss(out.float(), 2 * masks - 1), commitment
 
 # %% ../nbs/32_mask_training.ipynb #47eaaee8
-def save_mask_vae(vae: MaskVAE, path: Path, history: list[dict]): # rows that JSON can hold, kept as metadata
-    "Writes float16 aside, then renames it: a kill leaves the old file or the new one."
-    aside = path.with_suffix(".partial")
-    save_file({n: t.half().contiguous() for n, t in vae.state_dict().items()}, aside, {"history": json.dumps(history)})
-    aside.chmod(0o644)  # safetensors lets nobody else read it
+def save_mask_vae(
+    vae: MaskVAE,
+    path: Path,          # a .safetensors file; replaced only when the new one is complete
+    history: list[dict], # what JSON can hold; kept as metadata
+):
+    "Writes the tensors as float16."
+    aside, tensors = path.with_suffix(".partial"), vae.state_dict().items()
+    save_file({n: t.half().contiguous() for n, t in tensors}, aside,
+              {"history": json.dumps(history)})
+    aside.chmod(0o644)  # safetensors makes it readable for its owner alone
     os.replace(aside, path)
 
 # %% ../nbs/32_mask_training.ipynb #65e1f984
 def train_mask_vae(
-    output_path: str | Path = "runs/mask_vae.safetensors", # its folder is made
-    steps: int = 6_000,                                    # updates; the first `free_steps` go without codes
-    batch_size: int = 64, free_steps: int = 400, seed: int = 0,
-    **unknown, # refused: Fire would else start first and complain afterwards
-) -> Path: # the file; its metadata hold the history: every 250 steps a row of step, mean loss, seconds since the start
-    "Trains a mask VAE from nothing, in a quarter of an hour on two cores, and writes it as float16."
+    output_path: str = "runs/mask_vae.safetensors", # its folder is made
+    steps: int = 6_000,                             # more than free_steps
+    batch_size: int = 64,                           # masks a step
+    free_steps: int = 400,                          # the first steps go without codes
+    seed: int = 0,
+) -> Path: # the file
+    """Trains a mask VAE from scratch, in a quarter of an hour on two cores, and writes it as
+    float16. Its metadata hold step, mean loss and seconds since the start, every 250 steps.
+    Raises `ValueError` for another suffix and for too few steps."""
     path = Path(output_path)
-    if unknown: raise ValueError(f"unknown flags {list(unknown)}: expected output_path or steps")
-    if path.suffix != ".safetensors": raise ValueError(f"expected an output_path ending in .safetensors, got {path}")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"expected an output_path ending in .safetensors, got {path}")
     if not isinstance(steps, int) or steps <= free_steps:
         raise ValueError(f"expected steps, a whole number above {free_steps}, got {steps!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,45 +159,60 @@ def train_mask_vae(
     optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0)
     for step in tqdm(range(steps), desc="train"):
         masks = make_masks(np.random.default_rng([seed, step]), batch_size)
-        if step == free_steps:  # from here on with codes: the encoder has something to say by now
-            with torch.no_grad(): trainer = CodebookTrainer(vae._vq_vae, vae.features(masks).flatten(0, 2))
-        # none is revived near the end: a code needs time to find its place
-        loss, commitment = mask_vae_loss(vae, masks, trainer, revive=step % 50 == 0 and step < 0.8 * steps)
+        if step == free_steps:
+            with torch.no_grad(): vectors = vae.features(masks).flatten(0, 2)
+            trainer = CodebookTrainer(vae._vq_vae, vectors)
+        # none is revived near the end: a code needs time to settle
+        revive = step % 50 == 0 and step < 0.8 * steps
+        loss, commitment = mask_vae_loss(vae, masks, trainer, revive)
         (loss + 0.25 * commitment).backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        rate = min((step + 1) / 200, 1, 0.5 * (1 + math.cos(math.pi * step / steps)))  # a warm-up, then a cosine
-        for group in optimizer.param_groups: group["lr"] = 1e-3 * rate
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = 1e-3 * min((step + 1) / 200, cosine)  # 200: warm-up
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
         if (step + 1) % 250 and step + 1 < steps: continue
-        history.append(dict(step=step + 1, loss=float(np.mean(losses)), seconds=time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        history.append(dict(step=step + 1, loss=float(np.mean(losses)), seconds=seconds))
         losses = []
     save_mask_vae(vae, path, history)
     return path
 
 # %% ../nbs/32_mask_training.ipynb #2f66933b
-_t, _half = np.linspace(0, 2 * math.pi, 90, endpoint=False), np.linspace(0.5 * math.pi, 1.5 * math.pi, 40)
+_t = np.linspace(0, 2 * math.pi, 90, endpoint=False)
+_half = np.linspace(0.5 * math.pi, 1.5 * math.pi, 40)
+_teeth = np.arange(32) // 2 + np.tile([-0.3, 0.3], 16)
 _OUTLINES = {
-    "heart": np.stack((16 * np.sin(_t)**3, np.cos(_t[:, None] * [1, 2, 3, 4]) @ [13, -5, -2, -1]), axis=1),
-    "moon": np.concatenate((_polar(1, _half), _polar(1, _half[::-1]) * [0.4, 1])),  # as if lit from the left
-    "arrow": np.array([(-1, -0.25), (0.2, -0.25), (0.2, -0.7), (1, 0), (0.2, 0.7), (0.2, 0.25), (-1, 0.25)]),
-    "gear": _polar(np.repeat(np.tile([1, 0.72], 8), 2), (np.arange(32) // 2 + np.tile([-0.3, 0.3], 16)) * math.pi / 8),
+    "heart": np.stack(
+        (16 * np.sin(_t)**3, np.cos(_t[:, None] * [1, 2, 3, 4]) @ [13, -5, -2, -1]), axis=1),
+    "moon": np.concatenate((_polar(1, _half), _polar(1, _half[::-1]) * [0.4, 1])),  # crescent
+    "arrow": np.array([(-1, -0.25), (0.2, -0.25), (0.2, -0.7), (1, 0), (0.2, 0.7), (0.2, 0.25),
+                       (-1, 0.25)]),
+    "gear": _polar(np.repeat(np.tile([1, 0.72], 8), 2), _teeth * math.pi / 8),
 }
-UNSEEN = *_OUTLINES, "letter", "digit"  # no such shape is in the training
+UNSEEN = *_OUTLINES, "letter", "digit"  # kinds of shape that are not in the training
 
 # %% ../nbs/32_mask_training.ipynb #d26291bc
-def unseen_mask(kind: str, rng: np.random.Generator) -> np.ndarray: # one of `UNSEEN` -> float32 [64, 64], 0 … 1
+def unseen_mask(
+    kind: str,                # one of UNSEEN
+    rng: np.random.Generator,
+) -> np.ndarray: # float32 [64, 64], 0 … 1
+    "A shape of a kind that is not in the training, narrowed and turned."
     if kind in _OUTLINES: return rasterize([_turned(_OUTLINES[kind], rng)])
     sign = rng.choice([*("ABCDEFGHIJKLMNOPQRSTUVWXYZ" if kind == "letter" else "0123456789")])
     font, side = ImageFont.load_default(size=6 * MASK_SIZE), 8 * MASK_SIZE
-    ImageDraw.Draw(picture := Image.new("L", (side, side))).text((MASK_SIZE, MASK_SIZE), sign, fill=255, font=font)
+    draw = ImageDraw.Draw(picture := Image.new("L", (side, side)))
+    draw.text((MASK_SIZE, MASK_SIZE), sign, fill=255, font=font)
     picture = picture.rotate(rng.uniform(-25, 25), Image.Resampling.BILINEAR, expand=True)
-    return np.asarray(picture.crop(picture.getbbox()).resize((MASK_SIZE, MASK_SIZE)), np.float32) / 255
+    picture = picture.crop(picture.getbbox()).resize((MASK_SIZE, MASK_SIZE))
+    return np.asarray(picture, np.float32) / 255
 
 # %% ../nbs/32_mask_training.ipynb #e3d8c86e
-def held_out_masks(num: int) -> dict[str, Tensor]: # kind -> [m, 64, 64]
-    "The objects of `num` scenes held out from the training; `num` random shapes, and as many of each unseen kind."
+def held_out_masks(
+    num: int, # of scenes, of random shapes and of masks of each unseen kind
+) -> dict[str, Tensor]: # kind -> [m, 64, 64]
+    "Masks that the training never saw; the same ones for the same `num`."
     rng = np.random.default_rng(HELD_OUT)
     objects = [o for seed in range(HELD_OUT, HELD_OUT + num) for o in make_scene(seed).objects]
     masks = {shape: [object_mask(o) for o in objects if o.shape == shape] for shape in SHAPES}
@@ -182,40 +221,33 @@ def held_out_masks(num: int) -> dict[str, Tensor]: # kind -> [m, 64, 64]
     return {kind: torch.from_numpy(np.stack(found)) for kind, found in masks.items() if found}
 
 # %% ../nbs/32_mask_training.ipynb #260492ea
-def evaluate_mask_vae(vae: MaskVAE, num: int = 500, # as in `held_out_masks`
-) -> tuple[dict[str, np.ndarray], np.ndarray]: # kind -> IoU of each mask with what comes back; uses of each code
-    "What goes through the codes and back, for masks that the training never saw. Needs pycocotools."
+def evaluate_mask_vae(
+    vae: MaskVAE,
+    num: int = 500, # as for held_out_masks
+) -> tuple[dict[str, np.ndarray], np.ndarray]: # kind -> IoU of each mask; uses of each code
+    "What comes back of masks that the training never saw. `ValueError` without pycocotools."
     ious, uses = {}, np.zeros(NUM_CODES, dtype=np.int64)
     for kind, masks in held_out_masks(num).items():
         codes = torch.cat([vae.encode(part) for part in masks.split(256)])
         back = torch.cat([vae.decode(part) > 0 for part in codes.split(256)])
-        ious[kind] = np.array([mask_iou([a], [b])[0, 0] for a, b in zip(back.numpy(), masks.numpy() > 0.5)])
+        pairs = zip(back.numpy(), masks.numpy() > 0.5)
+        ious[kind] = np.array([mask_iou([a], [b]).item() for a, b in pairs])
         uses += np.bincount(codes.flatten(), minlength=NUM_CODES)
     return ious, uses
 
 # %% ../nbs/32_mask_training.ipynb #8f5486da
 def measure_mask_vae(
-    path: str | None = None, # of a mask VAE; by default the shipped one
-    num: int = 500, **unknown, # as in `held_out_masks`; unknown flags are refused
-) -> None:
-    "Prints how well held-out masks come back, by kind of shape, as a Markdown table."
-    if unknown: raise ValueError(f"unknown flags {list(unknown)}: expected path or num")
-    if not isinstance(num, int) or num < 1: raise ValueError(f"expected num, a whole number above 0, got {num!r}")
+    path: str | None = None, # of a mask VAE; None: the shipped one
+    num: int = 500,          # as for held_out_masks
+):
+    """Prints how well held-out masks come back, by kind of shape, as a Markdown table. Raises
+    `ValueError` for a `num` below 1, and as `load_mask_vae` does."""
+    if not isinstance(num, int) or num < 1:
+        raise ValueError(f"expected num, a whole number above 0, got {num!r}")
     ious, uses = evaluate_mask_vae(load_mask_vae(path), num)
     for group, kinds in {"**scene shapes**": SHAPES, "**unseen kinds**": UNSEEN}.items():
         ious[group] = np.concatenate([ious[kind] for kind in kinds if kind in ious])
     print("| kind | masks | mean IoU | lowest IoU |\n|---|---|---|---|")
-    for kind, found in ious.items(): print(f"| {kind} | {len(found):,} | {found.mean():.3f} | {found.min():.3f} |")
+    for kind, found in ious.items():
+        print(f"| {kind} | {len(found):,} | {found.mean():.3f} | {found.min():.3f} |")
     print(f"\n{(uses > 0).sum()} of {NUM_CODES} codes used")
-
-# %% ../nbs/32_mask_training.ipynb #06977d81
-def main():
-    "The command line: `python -m paligemma_nb.mask_training train` and `… evaluate`; `--help` lists the flags."
-    import fire
-    try: fire.Fire(dict(train=train_mask_vae, evaluate=measure_mask_vae), name="paligemma_nb.mask_training")
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__" and "__file__" in globals(): main()  # not in a notebook

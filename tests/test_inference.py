@@ -478,7 +478,7 @@ def test_where_the_model_and_its_parts_come_from(command, monkeypatch, folder):
     def finds(folder, config):
         asked["decoder_of"] = folder
         return None, None
-    monkeypatch.setattr("paligemma_nb.speed.open_model", opens)
+    monkeypatch.setattr("paligemma_nb.opening.load_model", opens)
     monkeypatch.setattr("paligemma_nb.segmentation.find_mask_vae", finds)
     answers(monkeypatch, perfect_answer("red circle"))
     flags = "--processor_path=some", "--only_cpu", "--quantize=int8", "--dtype=float32"
@@ -623,12 +623,11 @@ def test_blanks_and_line_ends_change_no_answer(command, typed):
 # --- notes
 
 def test_warnings_are_notes_of_one_line(command, monkeypatch):
-    from paligemma_nb import speed
-    open_model = speed.open_model
+    from paligemma_nb import opening
     def opens(*args, **kwargs):
         warnings.warn("bfloat16 is slow here:\n  float32 would be faster")
-        return open_model(*args, **kwargs)
-    monkeypatch.setattr(speed, "open_model", opens)
+        return load_model(*args, **kwargs)
+    monkeypatch.setattr(opening, "load_model", opens)
     note = "note: bfloat16 is slow here: float32 would be faster\n"
     for _ in range(2):
         assert command("--only_cpu") == (0, f"{SCENE.caption}\n", note + OPENED)
