@@ -1,8 +1,6 @@
-"Masks to learn from, a gradient past a choice, codes that do not die, and the file that came of it."
+"Masks to learn from, a gradient past a choice, codes that do not die, and the shipped file."
 import json
 import stat
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,8 +8,9 @@ import torch
 from safetensors import safe_open
 
 from paligemma_nb import mask_training
-from paligemma_nb.mask_training import (UNSEEN, CodebookTrainer, evaluate_mask_vae, make_masks, mask_vae_loss,
-                                        train_mask_vae, unseen_mask)
+from paligemma_nb.mask_training import (
+    UNSEEN, CodebookTrainer, evaluate_mask_vae, make_masks, mask_vae_loss, measure_mask_vae,
+    train_mask_vae, unseen_mask)
 from paligemma_nb.scenes import HELD_OUT, SHAPES
 from paligemma_nb.segmentation import MASK_SIZE, Codebook, load_mask_vae
 
@@ -59,10 +58,13 @@ def test_the_gradient_goes_straight_through(random_vae):
     before = vae._vq_vae._embedding.clone()
     error, commitment = mask_vae_loss(vae, masks, trainer)
     slope, = torch.autograd.grad(error, vae.encoder[10].bias, retain_graph=True)
-    nearest = vae._vq_vae(vae.encode(masks)).unflatten(1, (4, 4)).requires_grad_()  # what the decoder sees
-    at_codes, = torch.autograd.grad((vae.reconstruct(nearest) - (2 * masks - 1)).square().mean(), nearest)
+    # what the decoder sees
+    nearest = vae._vq_vae(vae.encode(masks)).unflatten(1, (4, 4)).requires_grad_()
+    loss = (vae.reconstruct(nearest) - (2 * masks - 1)).square().mean()
+    at_codes, = torch.autograd.grad(loss, nearest)
     expected = at_codes.sum(dim=(0, 1, 2))
-    assert torch.nn.functional.cosine_similarity(slope, expected, dim=0) > 0.95  # bfloat16 against float32
+    # bfloat16 against float32
+    assert torch.cosine_similarity(slope, expected, dim=0) > 0.95
     assert commitment > 0 and not torch.equal(vae._vq_vae._embedding, before)
 
 
@@ -70,13 +72,16 @@ def test_training_runs_learns_and_writes_aside(tmp_path, monkeypatch):
     path = tmp_path/"new"/"a.safetensors"
     monkeypatch.setattr(mask_training, "tqdm", lambda steps, **_: steps)
     assert train_mask_vae(path, steps=150, batch_size=8, free_steps=120) == path
-    assert [p.name for p in path.parent.iterdir()] == ["a.safetensors"] and stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert [p.name for p in path.parent.iterdir()] == ["a.safetensors"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
     with safe_open(path, "pt") as file: last = json.loads(file.metadata()["history"])[-1]
-    assert last["step"] == 150 and last["loss"] < 0.9  # 1 for an answer of zero everywhere, 0.5 or so in the end
+    # 1 for an answer of zero everywhere, 0.5 or so in the end
+    assert last["step"] == 150 and last["loss"] < 0.9
     vae, masks = load_mask_vae(path), make_masks(np.random.default_rng(HELD_OUT), 32)
     assert (vae.decode(vae.encode(masks)) - (2 * masks - 1)).square().mean() < 0.8
     before = path.read_bytes()
-    monkeypatch.setattr(mask_training.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+    monkeypatch.setattr(mask_training.os, "replace",
+                        lambda *_: (_ for _ in ()).throw(OSError("killed")))
     with pytest.raises(OSError, match="killed"): mask_training.save_mask_vae(vae, path, [])
     assert path.read_bytes() == before
 
@@ -84,32 +89,35 @@ def test_training_runs_learns_and_writes_aside(tmp_path, monkeypatch):
 def test_masks_for_training_are_reproducible():
     one, other = (make_masks(np.random.default_rng([0, 7]), 16) for _ in range(2))
     assert torch.equal(one, other) and one.shape == (16, MASK_SIZE, MASK_SIZE)
-    assert 0 <= one.min() and one.max() <= 1 and not torch.equal(one, make_masks(np.random.default_rng([0, 8]), 16))
+    assert 0 <= one.min() and one.max() <= 1
+    assert not torch.equal(one, make_masks(np.random.default_rng([0, 8]), 16))
 
 
 @pytest.mark.parametrize("kind", UNSEEN)
 def test_unseen_shapes_fill_their_square(kind):
     for seed in range(10):
         inside = unseen_mask(kind, np.random.default_rng(seed)) > 0
-        assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any() and not inside.all()
+        assert inside[0].any() and inside[-1].any() and inside[:, 0].any()
+        assert inside[:, -1].any() and not inside.all()
 
 
-# --- the command line
+# --- measuring, and bad input
 
-def command(*arguments):
-    words = [sys.executable, "-m", "paligemma_nb.mask_training", *arguments]
-    return subprocess.run(words, capture_output=True, text=True)
-
-
-def test_evaluate_prints_a_table():
-    done = command("evaluate", "--num", "3")
-    assert done.returncode == 0 and "| kind | masks | mean IoU | lowest IoU |" in done.stdout
-    assert "| letter | 3 |" in done.stdout and "codes used" in done.stdout
+def test_measuring_prints_a_table(capsys):
+    measure_mask_vae(num=3)
+    table = capsys.readouterr().out
+    assert table.startswith("| kind | masks | mean IoU | lowest IoU |\n|---|---|---|---|\n")
+    assert "| letter | 3 |" in table and "| **scene shapes** |" in table
+    assert table.endswith(" of 128 codes used\n")
 
 
-@pytest.mark.parametrize("arguments", [
-    ("evaluate", "--path", "nowhere.npz"), ("evaluate", "--nun", "3"), ("evaluate", "--num", "0"),
-    ("train", "--steps", "400"), ("train", "--output_path", "a.npz"), ("train", "--step", "9")])
-def test_command_line_says_what_is_wrong(arguments):
-    done = command(*arguments)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+@pytest.mark.parametrize("call, error, message", [
+    (lambda: measure_mask_vae("nowhere.npz"), FileNotFoundError, "no file nowhere.npz"),
+    (lambda: measure_mask_vae(num=0), ValueError, "num, a whole number above 0, got 0"),
+    (lambda: measure_mask_vae(num=2.5), ValueError, "num, a whole number above 0, got 2.5"),
+    (lambda: train_mask_vae(steps=400), ValueError, "a whole number above 400, got 400"),
+    (lambda: train_mask_vae(steps="9"), ValueError, "a whole number above 400, got '9'"),
+    (lambda: train_mask_vae("a.npz"), ValueError, "ending in .safetensors, got a.npz")])
+def test_what_is_wrong_is_said_in_one_line(call, error, message):
+    with pytest.raises(error, match=message) as caught: call()
+    assert "\n" not in str(caught.value)

@@ -1,8 +1,10 @@
-"Masks as sixteen tokens: the network by its definition, files in every layout, boxes anywhere, the shipped weights."
+"Masks as sixteen tokens: the network, files in every layout, boxes anywhere, shipped weights."
 import json
 import stat
 import warnings
 import zipfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,21 +14,28 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 from pycocotools import mask as coco
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from paligemma_nb import segmentation
-from paligemma_nb.detection import Detection, format_detections, parse_boxes
+import paligemma_nb
+from paligemma_nb.detection import (Detection, average_precision, format_detections,
+                                    from_coco_box, parse_boxes)
 from paligemma_nb.paligemma import PaliGemmaConfig
 from paligemma_nb.scenes import HELD_OUT, make_scene
-from paligemma_nb.segmentation import (add_masks, check_mask_vae, decode_mask, encode_mask, find_mask_vae,
-                                       find_objects, load_mask_vae, mask_to_rle, mask_vae_id, object_mask)
+from paligemma_nb.segmentation import (
+    add_masks, check_mask_vae, decode_mask, encode_mask, find_mask_vae, find_objects,
+    load_mask_vae, mask_to_rle, mask_vae_id, object_mask, to_coco)
 
-SHIPPED = segmentation.Path(segmentation.paligemma_nb.__file__).with_name("mask_vae.safetensors")
+SHIPPED = Path(paligemma_nb.__file__).with_name("mask_vae.safetensors")
 
 
-def iou(a, b): return coco.iou(*([coco.encode(np.asfortranarray(m, dtype=np.uint8))] for m in (a, b)), [0])[0, 0]
-def objects(num): return [o for seed in range(HELD_OUT, HELD_OUT + num) for o in make_scene(seed).objects]
+def iou(a, b):
+    return coco.iou(*([coco.encode(np.asfortranarray(m, dtype=np.uint8))] for m in (a, b)),
+                    [0])[0, 0]
+def objects(num):
+    return [o for seed in range(HELD_OUT, HELD_OUT + num) for o in make_scene(seed).objects]
 
 
 # --- the network against its definition, in float64 and without torch
@@ -43,12 +52,14 @@ def conv(x, weight, bias, stride=1, padding=0): # x [i, h, w], weight [o, i, k, 
     return out
 
 
-def conv_transpose(x, weight, bias): # x [i, h, w], weight [i, o, 4, 4]: each value lays its kernel down, 2 further on
+# x [i, h, w], weight [i, o, 4, 4]: each value lays its kernel down, 2 further on
+def conv_transpose(x, weight, bias):
     (_, h, w), o = x.shape, weight.shape[1]
     out = np.zeros((o, 2 * h + 2, 2 * w + 2))
     for y in range(h):
         for z in range(w):
-            for i, value in enumerate(x[:, y, z]): out[:, 2 * y:2 * y + 4, 2 * z:2 * z + 4] += value * weight[i]
+            for i, value in enumerate(x[:, y, z]):
+                out[:, 2 * y:2 * y + 4, 2 * z:2 * z + 4] += value * weight[i]
     return out[:, 1:-1, 1:-1] + bias[:, None, None]
 
 
@@ -56,8 +67,10 @@ def relu(x): return np.maximum(x, 0)
 
 
 class Reference:
-    def __init__(self, vae): self.t = {n: t.double().numpy() for n, t in vae.state_dict().items()}
-    def layer(self, name, x, f=conv, **kwargs): return f(x, self.t[f"{name}.weight"], self.t[f"{name}.bias"], **kwargs)
+    def __init__(self, vae):
+        self.t = {n: t.double().numpy() for n, t in vae.state_dict().items()}
+    def layer(self, name, x, f=conv, **kwargs):
+        return f(x, self.t[f"{name}.weight"], self.t[f"{name}.bias"], **kwargs)
 
     def block(self, name, x):
         y = relu(self.layer(f"{name}.net.0", x, padding=1))
@@ -66,11 +79,13 @@ class Reference:
     def features(self, mask):
         x = 2 * mask[None].astype(np.float64) - 1
         for n in (0, 2, 4, 6): x = relu(self.layer(f"encoder.{n}", x, stride=2, padding=1))
-        return self.layer("encoder.10", self.block("encoder.9", self.block("encoder.8", x))).transpose(1, 2, 0)
+        x = self.block("encoder.9", self.block("encoder.8", x))
+        return self.layer("encoder.10", x).transpose(1, 2, 0)
 
     def encode(self, mask):
         vectors = self.features(mask).reshape(16, 512)
-        return [int(np.argmin(((v - self.t["_vq_vae._embedding"]) ** 2).sum(axis=1))) for v in vectors]
+        return [int(np.argmin(((v - self.t["_vq_vae._embedding"]) ** 2).sum(axis=1)))
+                for v in vectors]
 
     def decode(self, codes):
         x = self.t["_vq_vae._embedding"][codes].reshape(4, 4, 512).transpose(2, 0, 1)
@@ -79,15 +94,18 @@ class Reference:
         return self.layer("decoder.12", x)[0]
 
 
-def close(found, expected): return np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+def close(found, expected):
+    return np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("shipped", [False, True])
 def test_network_is_its_definition(random_vae, shipped):
     vae = load_mask_vae() if shipped else random_vae
     reference, codes = Reference(vae), list(range(3, 128, 8))
-    mask = object_mask(objects(1)[0]) if shipped else np.random.default_rng(0).random((64, 64), np.float32)
-    assert close(vae.features(torch.from_numpy(mask)[None])[0].numpy(), reference.features(mask))
+    noise = np.random.default_rng(0).random((64, 64), np.float32)
+    mask = object_mask(objects(1)[0]) if shipped else noise
+    assert close(vae.features(torch.from_numpy(mask)[None])[0].numpy(),
+                 reference.features(mask))
     assert vae.encode(torch.from_numpy(mask)[None])[0].tolist() == reference.encode(mask)
     assert close(vae.decode(torch.tensor([codes]))[0].numpy(), reference.decode(codes))
 
@@ -110,7 +128,9 @@ def arrays_of(vae, jax=False, dtype=np.float32):
     return {n: turn(t.numpy()).astype(dtype) for n, t in vae.state_dict().items()}
 
 
-def same(a, b, atol=0.0): return all(torch.allclose(t, b.state_dict()[n], atol=atol) for n, t in a.state_dict().items())
+def same(a, b, atol=0.0):
+    return all(torch.allclose(t, b.state_dict()[n], atol=atol)
+               for n, t in a.state_dict().items())
 
 
 def test_every_layout_loads_to_the_same(tmp_path, random_vae):
@@ -118,12 +138,15 @@ def test_every_layout_loads_to_the_same(tmp_path, random_vae):
     np.savez(tmp_path/"jax.npz", **arrays_of(random_vae, jax=True))
     np.savez_compressed(tmp_path/"double.npz", **arrays_of(random_vae, dtype=np.float64))
     np.savez(tmp_path/"half.npz", **arrays_of(random_vae, dtype=np.float16))
-    averages = {"_vq_vae._ema_cluster_size": np.ones(128), "_vq_vae._ema_w": np.ones((128, 512))}
+    averages = {"_vq_vae._ema_cluster_size": np.ones(128),
+                "_vq_vae._ema_w": np.ones((128, 512))}
     np.savez(tmp_path/"official.npz", **arrays_of(random_vae), **averages)
-    save_file({n: t.contiguous() for n, t in random_vae.state_dict().items()}, tmp_path/"a.safetensors")
+    save_file({n: t.contiguous() for n, t in random_vae.state_dict().items()},
+              tmp_path/"a.safetensors")
     for name in ("torch.npz", "jax.npz", "double.npz", "official.npz", "a.safetensors"):
         vae = load_mask_vae(tmp_path/name)
-        assert same(vae, random_vae) and not vae.training and not any(p.requires_grad for p in vae.parameters()), name
+        assert same(vae, random_vae) and not vae.training, name
+        assert not any(p.requires_grad for p in vae.parameters())
         assert all(t.dtype == torch.float32 for t in vae.state_dict().values())
     assert same(load_mask_vae(str(tmp_path/"half.npz")), random_vae, atol=1e-2)
 
@@ -143,7 +166,8 @@ class Evil:
 @pytest.mark.parametrize("change, message", [
     (lambda a: a.pop("decoder.0.bias"), "decoder.0.bias"),
     (lambda a: a.update(extra=np.ones(2, np.float32)), "extra"),
-    (lambda a: a.update({"decoder.4.weight": np.ones((128, 128, 4, 3), np.float32)}), "decoder.4.weight"),
+    (lambda a: a.update({"decoder.4.weight": np.ones((128, 128, 4, 3), np.float32)}),
+     "decoder.4.weight"),
     (lambda a: a.update({"encoder.0.bias": np.arange(16)}), "encoder.0.bias.*floats"),
     (lambda a: a.update({"encoder.0.bias": np.array([Evil()] * 16)}), "encoder.0.bias"),
     (lambda a: a.update({"encoder.0.bias": np.array(["1"] * 16)}), "encoder.0.bias"),
@@ -164,20 +188,23 @@ def test_broken_files_are_refused(tmp_path, random_vae, suffix):
     whole = path.read_bytes()
     flipped = bytearray(whole)
     for place in range(0, min(3000, len(whole)), 7): flipped[place] ^= 0x5A
-    for content in (b"", whole[:3], whole[:1000], whole[:len(whole) // 2], whole[:-1], bytes(flipped), b"PK\3\4" * 9):
+    for content in (b"", whole[:3], whole[:1000], whole[:len(whole) // 2], whole[:-1],
+                    bytes(flipped), b"PK\3\4" * 9):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=path.name): load_mask_vae(path)
 
 
 def test_other_files_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.npz"): load_mask_vae(tmp_path/"nowhere.npz")
+    with pytest.raises(FileNotFoundError, match="nowhere.npz"):
+        load_mask_vae(tmp_path/"nowhere.npz")
     with pytest.raises(FileNotFoundError): load_mask_vae(tmp_path)
     (tmp_path/"a.pt").write_bytes(b"x")
     with pytest.raises(ValueError, match="safetensors or .npz"): load_mask_vae(tmp_path/"a.pt")
     np.save(tmp_path/"one.npy", np.ones(3))
     (tmp_path/"one.npy").rename(tmp_path/"one.npz")
     with pytest.raises(ValueError, match="one.npz"): load_mask_vae(tmp_path/"one.npz")
-    with zipfile.ZipFile(tmp_path/"text.npz", "w") as archive: archive.writestr("decoder.0.bias", "hello")
+    with zipfile.ZipFile(tmp_path/"text.npz", "w") as archive:
+        archive.writestr("decoder.0.bias", "hello")
     with pytest.raises(ValueError, match="decoder.0.bias"): load_mask_vae(tmp_path/"text.npz")
 
 
@@ -188,7 +215,8 @@ SIDE = st.sampled_from([1, 2, 3]) | st.integers(1, 300)
 PLACE = st.floats(-2, 3) | st.sampled_from([0.0, 1.0, 0.5, -1e6, 1e6, 1e-9])
 
 
-def allowed(box, size): # bool [height, width]: pixels whose centre lies between the nearest pixel edges
+# bool [height, width]: pixels whose centre lies between the nearest pixel edges
+def allowed(box, size):
     x1, y1, x2, y2 = map(round, box)
     x, y = np.arange(size[0]), np.arange(size[1])[:, None]
     return (x >= x1) & (x < x2) & (y >= y1) & (y < y2)
@@ -203,12 +231,14 @@ def test_any_box_in_any_picture(codes, corners, size):
     assert not (mask & ~allowed(box, size)).any()
 
 
-@given(CODES, st.integers(-90, 90), st.integers(-90, 90), st.integers(1, 200), st.integers(1, 200))
+@given(CODES, st.integers(-90, 90), st.integers(-90, 90), st.integers(1, 200),
+       st.integers(1, 200))
 @settings(max_examples=100)
 def test_a_box_past_the_border_is_a_window_on_the_whole(codes, x, y, w, h):
     whole = decode_mask(codes, (100 + x, 100 + y, 100 + x + w, 100 + y + h), (400, 400))
     part = decode_mask(codes, (x, y, x + w, y + h), (80, 70))
-    assert np.count_nonzero(part != whole[100:170, 100:180]) <= 2  # where the value is zero to float32's last digits
+    # where the value is zero to float32's last digits
+    assert np.count_nonzero(part != whole[100:170, 100:180]) <= 2
 
 
 def test_resized_as_big_vision_does():
@@ -216,18 +246,22 @@ def test_resized_as_big_vision_does():
     square = Image.fromarray(load_mask_vae().decode(torch.tensor([codes]))[0].numpy())
     for w, h in ((1, 1), (7, 30), (64, 64), (200, 90)):
         expected = np.asarray(square.resize((w, h), Image.Resampling.BILINEAR)) > 0
-        assert (decode_mask(codes, (3.2, 4.4, 3.2 + w, 4.4 + h), (300, 300))[4:4 + h, 3:3 + w] == expected).all()
+        mask = decode_mask(codes, (3.2, 4.4, 3.2 + w, 4.4 + h), (300, 300))
+        assert (mask[4:4 + h, 3:3 + w] == expected).all()
 
 
 def test_large_pictures_and_huge_boxes():
     o = make_scene(HELD_OUT, 4000).objects[0]
     mask = decode_mask(encode_mask(o.mask, o.box), o.box, (4000, 4000))
     assert mask.shape == (4000, 4000) and iou(mask, o.mask) > 0.97
-    full = [c for c in range(128) if (load_mask_vae().decode(torch.full((1, 16), c))[0, 16:48, 16:48] > 0).all()]
-    for far in (10**5, 10**12, 1e300): assert decode_mask([full[0]] * 16, (-far, -far, far, far), (50, 40)).all()
+    middles = load_mask_vae().decode(torch.arange(128)[:, None].repeat(1, 16))[:, 16:48, 16:48]
+    full = (middles > 0).flatten(1).all(1).nonzero()[:, 0].tolist()
+    for far in (10**5, 10**12, 1e300):
+        assert decode_mask([full[0]] * 16, (-far, -far, far, far), (50, 40)).all()
 
 
-@pytest.mark.parametrize("box", [(5, 5, 5, 9), (9, 9, 5, 5), (5.1, 5.1, 5.4, 9), (-9, -9, 0, 0), (20, 0, 30, 9),
+@pytest.mark.parametrize("box", [(5, 5, 5, 9), (9, 9, 5, 5), (5.1, 5.1, 5.4, 9),
+                                 (-9, -9, 0, 0), (20, 0, 30, 9),
                                  (0, -5, 9, -1)])
 def test_boxes_without_a_pixel(box):
     assert decode_mask([1] * 16, box, (20, 10)).sum() == 0
@@ -239,9 +273,11 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize("codes, box, size, message", [
     ([1] * 15, (0, 0, 9, 9), (9, 9), "16 codes"), ([1] * 17, (0, 0, 9, 9), (9, 9), "16 codes"),
     (None, (0, 0, 9, 9), (9, 9), "16 codes"), ([], (0, 0, 9, 9), (9, 9), "16 codes"),
-    ([128] + [1] * 15, (0, 0, 9, 9), (9, 9), "127"), ([-1] + [1] * 15, (0, 0, 9, 9), (9, 9), "127"),
+    ([128] + [1] * 15, (0, 0, 9, 9), (9, 9), "127"),
+    ([-1] + [1] * 15, (0, 0, 9, 9), (9, 9), "127"),
     ([0.5] * 16, (0, 0, 9, 9), (9, 9), "whole"), ([NAN] * 16, (0, 0, 9, 9), (9, 9), "whole"),
-    ([1] * 16, (0, 0, NAN, 9), (9, 9), "finite"), ([1] * 16, (-INF, 0, 9, 9), (9, 9), "finite"),
+    ([1] * 16, (0, 0, NAN, 9), (9, 9), "finite"),
+    ([1] * 16, (-INF, 0, 9, 9), (9, 9), "finite"),
     ([1] * 16, (0, 0, 9), (9, 9), "box"), ([1] * 16, None, (9, 9), "box"),
     ([1] * 16, (0, 0, 9, 9), (9,), "size"), ([1] * 16, (0, 0, 9, 9), (0, 9), "size"),
     ([1] * 16, (0, 0, 9, 9), (9, -1), "size"), ([1] * 16, (0, 0, 9, 9), (9.5, 9), "size"),
@@ -252,8 +288,9 @@ def test_bad_arguments_of_decode(codes, box, size, message):
     with pytest.raises(ValueError, match=message): decode_mask(codes, box, size)
 
 
-@pytest.mark.parametrize("mask", [np.ones((5, 5)), np.ones((5, 5), np.int64), np.ones((5, 5, 1), bool),
-                                  np.ones(5, bool), [[True]], None, torch.ones(5, 5, dtype=torch.bool),
+@pytest.mark.parametrize("mask", [np.ones((5, 5)), np.ones((5, 5), np.int64),
+                                  np.ones((5, 5, 1), bool), np.ones(5, bool), [[True]], None,
+                                  True, torch.ones(5, 5, dtype=torch.bool),
                                   np.ones((0, 5), bool)])
 def test_bad_masks(mask):
     with pytest.raises(ValueError): encode_mask(mask, (0, 0, 5, 5))
@@ -263,16 +300,19 @@ def test_numbers_of_any_kind():
     codes, box, size = tuple(range(16)), (2, 3, 40, 50), (60, 70)
     expected = decode_mask(codes, box, size)
     for other in (list(codes), np.arange(16, dtype=np.uint8), torch.arange(16)):
-        assert (decode_mask(other, np.array(box, np.float32), np.array(size)) == expected).all()
+        mask = decode_mask(other, np.array(box, np.float32), np.array(size))
+        assert (mask == expected).all()
     mask = expected.astype(np.uint8)
     found = encode_mask(expected, box)
-    assert encode_mask(mask, box) == encode_mask(255 * mask, box) == encode_mask(np.asfortranarray(mask), box) == found
+    for other in (mask, 255 * mask, np.asfortranarray(mask)):
+        assert encode_mask(other, box) == found
     assert all(type(c) is int for c in found)
 
 
 def test_objects_survive_the_way_through_codes():
     scenes = [make_scene(seed, 448) for seed in range(HELD_OUT, HELD_OUT + 20)]
-    found = [iou(decode_mask(encode_mask(o.mask, o.box), o.box, (448, 448)), o.mask) for s in scenes for o in s.objects]
+    found = [iou(decode_mask(encode_mask(o.mask, o.box), o.box, (448, 448)), o.mask)
+             for s in scenes for o in s.objects]
     assert np.mean(found) > 0.97 and min(found) > 0.9
 
 
@@ -282,7 +322,8 @@ def test_exact_masks_do_not_depend_on_the_pixels():
             mask = object_mask(large)
             assert np.abs(object_mask(small) - mask).max() < 1e-3
             x1, y1, x2, y2 = map(round, large.box)
-            drawn = Image.fromarray(large.mask[y1:y2, x1:x2].astype(np.float32)).resize((64, 64), Image.Resampling.BOX)
+            drawn = Image.fromarray(large.mask[y1:y2, x1:x2].astype(np.float32))
+            drawn = drawn.resize((64, 64), Image.Resampling.BOX)
             assert np.abs(np.asarray(drawn) - mask).mean() < 0.02
 
 
@@ -302,10 +343,70 @@ def test_text_to_masks():
 def test_run_lengths_are_cocos(mask):
     rle = json.loads(json.dumps(mask_to_rle(mask)))
     height, width = mask.shape
-    assert rle["size"] == [height, width] and sum(rle["counts"]) == mask.size and all(n > 0 for n in rle["counts"][1:])
+    assert rle["size"] == [height, width] and sum(rle["counts"]) == mask.size
+    assert all(n > 0 for n in rle["counts"][1:])
     assert (coco.decode(coco.frPyObjects(rle, height, width)) == mask).all()
     packed = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
     assert coco.frPyObjects(rle, height, width)["counts"] == packed["counts"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pycocotools' own
+def test_coco_reads_our_results():
+    scenes = [make_scene(HELD_OUT + i) for i in range(4)]
+    ids = {name: 90 - k for k, name in enumerate({o.name for s in scenes for o in s.objects})}
+    found = [Detection(o.name, o.box, score=.5 + k / 10, mask=o.mask if k else None)
+             for k, o in enumerate(scenes[0].objects)]
+    rows = to_coco(found, 7, ids)
+    assert json.loads(json.dumps(rows)) == rows and "segmentation" not in rows[0]
+    assert rows[0]["area"] == pytest.approx(np.prod(rows[0]["bbox"][2:]))
+    assert rows[1]["area"] == found[1].mask.sum()
+    data = COCO()
+    data.dataset = dict(images=[dict(id=7, width=112, height=112)], annotations=[],
+                        categories=[dict(id=i, name=name) for name, i in ids.items()])
+    data.createIndex()
+    loaded = data.loadRes(rows)
+    for d, row in zip(found, loaded.loadAnns(loaded.getAnnIds(imgIds=7))):
+        assert from_coco_box(row["bbox"]) == pytest.approx(d.box)
+        assert row["score"] == d.score and data.cats[row["category_id"]]["name"] == d.label
+        if d.mask is not None: assert (loaded.annToMask(row) == d.mask).all()
+
+
+def test_results_score_as_our_own_measure_says():
+    "Results and truth written for COCO, masks and all, give what `average_precision` gives."
+    scenes = [make_scene(HELD_OUT + i) for i in range(6)]
+    truth = [[Detection(o.name, o.box, mask=o.mask) for o in s.objects] for s in scenes]
+    rng = np.random.default_rng(0)
+    found = [[replace(d, score=rng.random(), mask=np.roll(d.mask, rng.integers(9), 1))
+              for d in detections if rng.random() < 0.8] for detections in truth]
+    ids = {name: k for k, name in enumerate(sorted({d.label for t in truth for d in t}), 1)}
+    rows = [row for i, d in enumerate(truth) for row in to_coco(d, i, ids)]
+    data = COCO()
+    data.dataset = dict(images=[dict(id=i, width=112, height=112) for i in range(6)],
+                        annotations=[r | dict(id=k, iscrowd=0) for k, r in enumerate(rows, 1)],
+                        categories=[dict(id=i) for i in ids.values()])
+    data.createIndex()
+    results = data.loadRes([row for i, d in enumerate(found) for row in to_coco(d, i, ids)])
+    evaluation = COCOeval(data, results, "segm")
+    evaluation.params.iouThrs = [0.5]
+    evaluation.evaluate(), evaluation.accumulate()
+    pictures = [(f, t, (112, 112)) for f, t in zip(found, truth)]
+    expected = average_precision(pictures, masks=True)
+    assert evaluation.eval["precision"][0, :, :, 0, -1].mean() == pytest.approx(expected)
+    assert 0.1 < expected < 0.9
+
+
+def test_what_coco_cannot_take_is_named():
+    cat = Detection("cat", (1, 2, 3, 4))
+    row, = to_coco([cat], "a.jpg", {"cat": 3})
+    assert row == dict(image_id="a.jpg", category_id=3, bbox=[1, 2, 2, 2], area=4, score=1)
+    assert to_coco([], 1, {}) == []
+    with pytest.raises(ValueError, match=r"no category id for the label 'cat'.*\['dog'\]"):
+        to_coco([cat], 1, {"dog": 1})
+    for wrong in ((5, 0, 1, 1), (0, 0, float("nan"), 1)):
+        with pytest.raises(ValueError, match="x1 <= x2"):
+            to_coco([replace(cat, box=wrong)], 1, {"cat": 1})
+    with pytest.raises(ValueError, match=r"mask \[height, width\]"):
+        to_coco([replace(cat, mask=np.ones((2, 2, 1), bool))], 1, {"cat": 1})
 
 
 # --- the shipped file
@@ -335,18 +436,22 @@ def config_of(mask_vae):
 def test_the_id_is_of_the_tensors_alone(tmp_path, random_vae):
     assert mask_vae_id(load_mask_vae()) == mask_vae_id(load_mask_vae(SHIPPED)) == OURS
     own = mask_vae_id(random_vae)
-    assert len(own) == 16 and int(own, 16) and own != OURS and mask_vae_id(random_vae.double()) == own
+    assert len(own) == 16 and int(own, 16) and own != OURS
+    assert mask_vae_id(random_vae.double()) == own
     random_vae.float()
-    np.savez(tmp_path/"jax.npz", **arrays_of(random_vae, jax=True), **{"_vq_vae._ema_w": np.ones(3)})
+    np.savez(tmp_path/"jax.npz", **arrays_of(random_vae, jax=True),
+             **{"_vq_vae._ema_w": np.ones(3)})
     assert mask_vae_id(load_mask_vae(tmp_path/"jax.npz")) == own
     for name, change in (("_vq_vae._embedding", lambda t: t[[1, 0, *range(2, 128)]]),
-                         ("decoder.12.bias", lambda t: t + 1e-6), ("encoder.0.bias", lambda t: -t)):
+                         ("decoder.12.bias", lambda t: t + 1e-6),
+                         ("encoder.0.bias", lambda t: -t)):
         other = load_mask_vae(tmp_path/"jax.npz")
-        other.get_buffer(name).copy_(change(other.get_buffer(name))) if name.startswith("_") else \
-            other.get_parameter(name).data.copy_(change(other.get_parameter(name)))
+        tensor = other.state_dict()[name]
+        tensor.copy_(change(tensor))
         assert mask_vae_id(other) != own
     a, b = load_mask_vae(tmp_path/"jax.npz"), load_mask_vae(tmp_path/"jax.npz")
-    a.encoder[9].net[0].bias.zero_(), b.encoder[9].net[2].bias.zero_()  # same numbers, other names
+    # same numbers, other names
+    a.encoder[9].net[0].bias.zero_(), b.encoder[9].net[2].bias.zero_()
     assert mask_vae_id(a) != mask_vae_id(b)
 
 
@@ -368,7 +473,8 @@ def test_every_case_of_model_and_decoder(tmp_path, random_vae):
     # nothing beside the model
     assert found(OURS) == (OURS, None)
     vae, warning = found(None)
-    assert vae is None and "does not say" in warning and "gs://big_vision/paligemma/vae-oid.npz" in warning
+    assert vae is None and "does not say" in warning
+    assert "gs://big_vision/paligemma/vae-oid.npz" in warning
     vae, warning = found(other)
     assert vae is None and f"the codes of the mask VAE {other}" in warning and OURS in warning
     # a decoder beside it
@@ -383,29 +489,36 @@ def test_every_case_of_model_and_decoder(tmp_path, random_vae):
 
 
 def test_a_broken_decoder_is_no_decoder(tmp_path):
-    (tmp_path/"vae-oid.npz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
-    with pytest.raises(ValueError, match="git-lfs pointers instead of vae-oid.npz.*git lfs pull"):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    (tmp_path/"vae-oid.npz").write_text(pointer)
+    with pytest.raises(ValueError, match="pointers instead of vae-oid.npz.*git lfs pull"):
         find_mask_vae(tmp_path, config_of(None))
     (tmp_path/"vae-oid.npz").write_bytes(b"PK")
-    with pytest.raises(ValueError, match="vae-oid.npz"): find_mask_vae(tmp_path, config_of(OURS))
+    with pytest.raises(ValueError, match="vae-oid.npz"):
+        find_mask_vae(tmp_path, config_of(OURS))
 
 
 def test_codes_of_another_decoder_are_warned_of(random_vae):
     mask, box, size = np.ones((40, 40), bool), (3, 3, 30, 30), (40, 40)
     answer = format_detections([Detection("a", box, encode_mask(mask, box))], size)
-    calls = (lambda **kw: encode_mask(mask, box, **kw), lambda **kw: find_objects(answer, size, **kw),
+    calls = (lambda **kw: encode_mask(mask, box, **kw),
+             lambda **kw: find_objects(answer, size, **kw),
              lambda **kw: add_masks(parse_boxes(answer, size), size, **kw))
     for call in calls:
-        with pytest.warns(UserWarning, match="does not say") as caught: call(config=config_of(None))
+        with pytest.warns(UserWarning, match="does not say") as caught:
+            call(config=config_of(None))
         assert caught[0].filename.endswith(("test_segmentation.py", "segmentation.py"))
-        with pytest.warns(UserWarning, match="this is"): call(config=config_of(OURS), vae=random_vae)
+        with pytest.warns(UserWarning, match="this is"):
+            call(config=config_of(OURS), vae=random_vae)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             call(), call(vae=random_vae), call(config=config_of(OURS))
-            call(config=config_of(None), vae=random_vae), call(config=config_of(mask_vae_id(random_vae)), vae=random_vae)
+            call(config=config_of(None), vae=random_vae)
+            call(config=config_of(mask_vae_id(random_vae)), vae=random_vae)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert find_objects("<loc0001><loc0001><loc0500><loc0500> a", size, config=config_of(None))[0].mask is None
+        text = "<loc0001><loc0001><loc0500><loc0500> a"
+        assert find_objects(text, size, config=config_of(None))[0].mask is None
     assert check_mask_vae(config_of(OURS)) is None
 
 
@@ -425,8 +538,12 @@ def test_encode_refuses_what_holds_nothing():
     mask = np.zeros((60, 80), bool)
     mask[30:50, 20:40] = True
     assert len(encode_mask(mask, (20, 30, 40, 50))) == 16
-    with pytest.raises(ValueError, match="holds no pixel of the mask"): encode_mask(mask, (50, 5, 70, 25))
-    with pytest.raises(ValueError, match="holds no pixel of the mask"): encode_mask(np.zeros_like(mask), (1, 1, 9, 9))
-    with pytest.raises(ValueError, match="in pixels.*from_yolo_box"): encode_mask(mask, (.25, .5, .5, .83))
+    with pytest.raises(ValueError, match="holds no pixel of the mask"):
+        encode_mask(mask, (50, 5, 70, 25))
+    with pytest.raises(ValueError, match="holds no pixel of the mask"):
+        encode_mask(np.zeros_like(mask), (1, 1, 9, 9))
+    with pytest.raises(ValueError, match="in pixels.*from_yolo_box"):
+        encode_mask(mask, (.25, .5, .5, .83))
     with pytest.raises(ValueError, match="from_coco_box"): encode_mask(mask, (20, 30, 15, 15))
-    with pytest.raises(ValueError, match="outside its picture of width 80"): encode_mask(mask, (20, 61, 40, 70))
+    with pytest.raises(ValueError, match="outside its picture of width 80"):
+        encode_mask(mask, (20, 61, 40, 70))
