@@ -164,7 +164,7 @@ def _read_header(file): # at the start of an .npy -> shape, whether in Fortran's
     versions = {(1, 0): lib.read_array_header_1_0, (2, 0): lib.read_array_header_2_0}
     return versions[lib.read_magic(file)](file)
 
-
+# %% ../nbs/20_big_vision.ipynb #abacf4e6
 def _read_headers(path):
     "key -> (name in the zip, shape, dtype), checked against the sizes; no numbers are read"
     headers = {}
@@ -241,7 +241,7 @@ def _read_layers(file, stacked):
         count, one = (shape[0], shape[1:]) if stacked else (1, shape)
         for _ in range(count): yield _read_numbers(file, one, dtype)
 
-
+# %% ../nbs/20_big_vision.ipynb #5942ad9b
 def read_npz(
     path: str | Path, # big_vision's file of a PaliGemma, such as pt_224.npz
 ) -> Iterator[tuple[str, Tensor]]: # published name and tensor, in the file's dtype

@@ -101,7 +101,7 @@ def check_box(
             "these are fractions of the picture, from_yolo_box converts YOLO's centre and "
             "sides to corners in pixels; multiply corners by width and height")
 
-
+# %% ../nbs/15_detection.ipynb #cbf82294
 def format_box(
     box: tuple[float, float, float, float],  # x1, y1, x2, y2 in pixels; clipped to the picture
     size: tuple[float, float],               # width, height in pixels

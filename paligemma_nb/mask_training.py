@@ -65,7 +65,7 @@ def rasterize(
 def _polar(radii, angles):
     return np.stack((radii * np.cos(angles), radii * np.sin(angles)), axis=1)
 
-
+# %% ../nbs/32_mask_training.ipynb #da885654
 def _turned(outline, rng): # narrowed by up to a half, then turned by any angle
     cos, sin = math.cos(turn := rng.uniform(0, 2 * math.pi)), math.sin(turn)
     return outline * [1, rng.uniform(0.5, 1)] @ np.array([[cos, sin], [-sin, cos]])
@@ -137,6 +137,18 @@ def save_mask_vae(
     aside.chmod(0o644)  # safetensors makes it readable for its owner alone
     os.replace(aside, path)
 
+# %% ../nbs/32_mask_training.ipynb #32bce5e0
+def _update(vae, trainer, optimizer, masks, step, steps): # -> the loss, without commitment
+    revive = step % 50 == 0 and step < 0.8 * steps
+    loss, commitment = mask_vae_loss(vae, masks, trainer, revive)
+    (loss + 0.25 * commitment).backward()
+    nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    optimizer.param_groups[0]["lr"] = 1e-3 * min((step + 1) / 200, cosine)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
 # %% ../nbs/32_mask_training.ipynb #65e1f984
 def train_mask_vae(
     output_path: str = "runs/mask_vae.safetensors", # its folder is made
@@ -162,16 +174,7 @@ def train_mask_vae(
         if step == free_steps:
             with torch.no_grad(): vectors = vae.features(masks).flatten(0, 2)
             trainer = CodebookTrainer(vae._vq_vae, vectors)
-        # none is revived near the end: a code needs time to settle
-        revive = step % 50 == 0 and step < 0.8 * steps
-        loss, commitment = mask_vae_loss(vae, masks, trainer, revive)
-        (loss + 0.25 * commitment).backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = 1e-3 * min((step + 1) / 200, cosine)  # 200: warm-up
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(_update(vae, trainer, optimizer, masks, step, steps))
         if (step + 1) % 250 and step + 1 < steps: continue
         seconds = time.perf_counter() - started
         history.append(dict(step=step + 1, loss=float(np.mean(losses)), seconds=seconds))
