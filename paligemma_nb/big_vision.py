@@ -194,7 +194,8 @@ def config_of_shapes(
     source: str | Path,                 # named in errors
     image_token_index: int,             # id of the image token, which the file does not know
 ) -> PaliGemmaConfig: # what no shape tells is as in the published configs
-    "Raises `ValueError` for missing or surplus arrays and for shapes that do not fit."
+    """The config of a model with arrays of these shapes. Raises `ValueError` for missing or
+    surplus arrays and for shapes that do not fit together."""
     model_type = "gemma2" if "llm/layers/post_ffw_norm/scale" in shapes else "gemma"
     spellings, sizes = SPELLINGS[model_type], {}
     for s in spellings:
@@ -208,7 +209,7 @@ def config_of_shapes(
             f"the vision tower's width, got {n} patches of {p} x {q} pixels, {h} heads of {d} "
             f"for a width of {c}")
     text_class, more = GemmaConfig, {}
-    if model_type == "gemma2":  # in the 28B model (width 4608) it is the width per head
+    if model_type == "gemma2":  # only the 28B model (width 4608) scales by its width per head
         text_class, more = Gemma2Config, dict(query_pre_attn_scalar=C // H if C == 4608 else D)
     try: text = text_class(C, M, L, H, K, V, D, **more)
     except ValueError as e: raise ValueError(f"{source}: {e}") from None
