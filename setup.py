@@ -24,7 +24,7 @@ setup(
     packages=[package],
     package_data={package: cfg["package_data"].split()},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("train", "dev")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{package} = {package}._modidx:d"],  # for links from `names` in prose
