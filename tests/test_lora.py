@@ -436,7 +436,7 @@ def test_one_adapter_at_a_time(saved):
     load_adapter(model, folder)
     again = lambda model: load_adapter(model, folder)
     for call in (add_lora, again, lambda model: quantize(model, "int8")):
-        with pytest.raises(ValueError, match="has an adapter"): call(model)
+        with pytest.raises(ValueError, match="adapter"): call(model)
 
 
 def test_what_save_and_merge_refuse(tiny, tmp_path):
