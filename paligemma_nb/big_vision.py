@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .checkpoint import (check_processor, check_shapes, check_target, empty_model,
                                      float_dtype, save_model, usable_device)
-from .gemma import Gemma2Config, GemmaConfig
+from .gemma import GemmaConfig
+from .gemma2 import Gemma2Config
 from .hub import needed_files, refuse_pointers
 from .paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor

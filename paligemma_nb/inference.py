@@ -243,10 +243,11 @@ def prepare(values: dict) -> Job: # the parameters of `answer`, by name
     try: targets = plan_drawings(output, paths, alone) if output else [None] * len(paths)
     except ValueError as error: raise ValueError(f"--output_image: {error}") from None
     from paligemma_nb.generation import generate_tokens
-    from paligemma_nb.speed import open_model
+    from paligemma_nb import load_model, pack
     parts = {name: values[name] for name in ("revision", "processor_path", "dtype")}
     parts |= dict(device="cpu" if values["only_cpu"] else values["device"])
-    model, processor = open_model(values["model_path"], **parts, weights=values["quantize"])
+    model, processor = load_model(values["model_path"], **parts, weights=values["quantize"])
+    pack(model)
     texts = processor([Image.new("RGB", (1, 1))] * len(prompts), prompts)
     settings = {name: values[name] for name in ("do_sample", "temperature", "top_p")}
     settings["max_new_tokens"] = values["max_tokens_to_generate"]
@@ -274,7 +275,7 @@ def answer_batch(job: Job, images: list[Image.Image]) -> list[list[tuple]]:
     """For each picture, and each prompt about it: the answer, whether it was cut off, and when
     sampling the token probabilities. Raises ValueError where logits are not finite."""
     import torch
-    from paligemma_nb import generation
+    from paligemma_nb import attention, generation
     n, device, rows = len(job.prompts), next(job.model.parameters()).device, []
     pixels = job.processor(images, job.prompts[:1] * len(images))["pixel_values"]
     with torch.inference_mode(): features = job.model.get_image_features(pixels.to(device))
@@ -288,8 +289,8 @@ def answer_batch(job: Job, images: list[Image.Image]) -> list[list[tuple]]:
         ids = torch.stack(steps, dim=1)  # [b, t]
         probs = [None] * len(ids)
         if job.settings["do_sample"] and not job.streams():
-            found = generation.answer_probs(job.model, inputs, ids).tolist()
-            probs = [list(zip(generation.token_ends(job.processor, row), p))
+            found = attention.answer_probs(job.model, inputs, ids).tolist()
+            probs = [list(zip(attention.token_ends(job.processor, row), p))
                      for row, p in zip(ids.tolist(), found)]
         cut_off = (~generation.is_finished(ids, job.model.config)).tolist()
         rows += zip(job.processor.decode(ids), cut_off, probs)
