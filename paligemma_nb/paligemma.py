@@ -301,9 +301,7 @@ def _check_labels(labels, attention_mask, token_type_ids, shape, past):
 def _checkpointed(layer, *args):
     "The layer's forward; in training it keeps only its inputs, and runs again for gradients."
     forward = partial(type(layer).forward, layer)
-    in_training = layer.training and torch.is_grad_enabled()
-    # a second run would fill a cache twice
-    if not in_training or any(isinstance(x, KVCache) for x in args): return forward(*args)
+    if not (layer.training and torch.is_grad_enabled()): return forward(*args)
     return checkpoint(forward, *args, use_reentrant=False)
 
 # %% ../nbs/07_paligemma.ipynb #28233f2f
@@ -320,6 +318,7 @@ class PreTrainedModel(nn.Module):
         for layer in self._layers(): layer.forward = partial(_checkpointed, layer)
 
     def gradient_checkpointing_disable(self):
+        "Takes that back."
         for layer in self._layers(): vars(layer).pop("forward", None)
 
     def _layers(self):
@@ -333,7 +332,7 @@ class PreTrainedModel(nn.Module):
         return generate(self, dict(**(inputs or {}), **tensors), **kwargs)
 
     @classmethod
-    def from_pretrained(cls, model_path: str | Path | None = None, **kwargs):
+    def from_pretrained(cls, model_path: str | Path | None = None, **kwargs) -> nn.Module:
         "The model that `load_model` opens, without its processor. The arguments are the same."
         from paligemma_nb import load_model
         return load_model(model_path, **kwargs)[0]
@@ -348,7 +347,7 @@ class PreTrainedModel(nn.Module):
 
 # %% ../nbs/07_paligemma.ipynb #1bd61288
 class PaliGemmaForConditionalGeneration(PreTrainedModel):
-    "PaliGemma (arXiv 2407.07726) and PaliGemma 2 (2412.03555), with their parameters' names."
+    "PaliGemma (arXiv 2407.07726) and PaliGemma 2 (2412.03555), under the published names."
     def __init__(self, config: PaliGemmaConfig):
         super().__init__()
         self.config = config

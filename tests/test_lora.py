@@ -15,7 +15,8 @@ from test_parity import CASES, labels_of, make_both, relative
 from torch import nn
 from transformers import PaliGemmaForConditionalGeneration as Theirs
 
-from paligemma_nb.checkpoint import load_model, published_key, save_model
+from paligemma_nb import load_model, save_model
+from paligemma_nb.checkpoint import published_key
 from paligemma_nb.gemma import Gemma2Config, GemmaConfig, GemmaEmbedding
 from paligemma_nb.generation import generate
 from paligemma_nb.lora import (
@@ -526,7 +527,7 @@ def test_base_is_noted_and_kept(saved, tmp_path):
 LIGHT = """
 import sys
 import paligemma_nb.lora as lora
-from paligemma_nb.checkpoint import load_model
+from paligemma_nb import load_model
 lora.find_adapter(None)
 model, _ = load_model(device="cpu")
 lora.lora_layers(model)

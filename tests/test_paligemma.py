@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from counting import saved_bytes
 from test_parity import (
-    CASES, IMAGE, TOLERANCE, VOCAB, Case, TheirConfig, labels_of, make_both, new_cache,
+    CASES, TOLERANCE, VOCAB, Case, TheirConfig, labels_of, make_both, new_cache,
     prefill, relative)
 
 from paligemma_nb import generate, load_model
 from paligemma_nb.gemma import GemmaConfig
 from paligemma_nb.gemma2 import Gemma2Config
-from paligemma_nb.kv_cache import KVCache
 from paligemma_nb.paligemma import (
     PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaOutput, decoder_mask,
     prefix_lm_mask, suffix_loss)
@@ -343,20 +342,6 @@ def test_checkpointed_gradients(training, gemma):
     model.gradient_checkpointing_disable()
     assert saved_bytes(lambda: model(**inputs).loss) == most
     assert not any("forward" in vars(module) for module in model.modules())
-
-
-def test_a_checkpoint_fills_no_cache_twice(training):
-    model, inputs = training[GemmaConfig]
-    inputs = prefill(without(inputs, "labels"))
-    def run():
-        cache = new_cache(model, inputs, 0)
-        return model(**inputs, kv_cache=cache).logits, cache.keys, cache.length
-    expected = run()
-    model.gradient_checkpointing_enable()
-    logits, keys, length = run()
-    model.gradient_checkpointing_disable()
-    assert torch.equal(logits, expected[0]) and torch.equal(keys, expected[1])
-    assert length == expected[2] == inputs["input_ids"].shape[1]
 
 
 def test_generate_as_a_method(small):
