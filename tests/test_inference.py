@@ -471,10 +471,10 @@ def test_a_doubt_about_the_decoder_is_said_once(command, monkeypatch, tmp_path):
 
 
 def test_where_the_model_and_its_parts_come_from(command, monkeypatch, folder):
-    asked = {}
+    asked, opened = {}, load_model(device="cpu")
     def opens(model_path, **parts):
         asked.update(parts, model_path=model_path)
-        return load_model(device="cpu")
+        return opened
     def finds(folder, config):
         asked["decoder_of"] = folder
         return None, None
