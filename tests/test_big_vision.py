@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from test_checkpoint import TINY, fails, files, same
 
 import paligemma_nb
+from paligemma_nb import load_model
 from paligemma_nb.big_vision import (config_of_shapes, convert_npz, load_npz, npz_shapes,
                                      read_npz, write_npz)
-from paligemma_nb import load_model
 from paligemma_nb.checkpoint import empty_model
 from paligemma_nb.gemma import GemmaConfig
 from paligemma_nb.gemma2 import Gemma2Config

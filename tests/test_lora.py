@@ -17,7 +17,8 @@ from transformers import PaliGemmaForConditionalGeneration as Theirs
 
 from paligemma_nb import load_model, save_model
 from paligemma_nb.checkpoint import published_key
-from paligemma_nb.gemma import Gemma2Config, GemmaConfig, GemmaEmbedding
+from paligemma_nb.gemma import GemmaConfig, GemmaEmbedding
+from paligemma_nb.gemma2 import Gemma2Config
 from paligemma_nb.generation import generate
 from paligemma_nb.lora import (
     ATTENTION, CONFIG, MLP, WEIGHTS, add_lora, find_adapter, load_adapter, lora_layers,
