@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -481,6 +482,13 @@ def test_a_name_on_the_hub_is_a_folder(processor, folder, tmp_path, monkeypatch)
     for settings in ({}, dict(revision="main"), dict(pictures=folder)):
         again = PaliGemmaProcessor.from_pretrained("someone/reader", **settings)
         assert_equal(again(noise(9, 9), "a", "yes"), processor(noise(9, 9), "a", "yes"))
+    shutil.copytree(folder, tmp_path/"half")
+    (tmp_path/"half"/"preprocessor_config.json").unlink()
+    put_in_cache(tmp_path/"half", tmp_path, "someone/half")
+    again = PaliGemmaProcessor.from_pretrained("someone/half", pictures=folder)
+    assert again.image_size == processor.image_size
+    with pytest.raises(FileNotFoundError, match="preprocessor_config.json|could not be fetched"):
+        PaliGemmaProcessor.from_pretrained("someone/half")
     with pytest.raises(FileNotFoundError, match="revision v2"):
         PaliGemmaProcessor.from_pretrained("someone/reader", revision="v2")
     with pytest.raises(ValueError, match="revision 'v2' needs a name"):
