@@ -156,7 +156,7 @@ def read_quantization(
     raise ValueError(
         f"{path}: expected a quantization_config as `save_model` writes it, got {got}: "
         "only the library that rounded these weights reads them; take the original ones, "
-        "which load_model rounds with weights='int8' or 'int4', and the command with --quantize")
+        "which load_model rounds with weights='int8' or 'int4', the command with --quantize")
 
 # %% ../nbs/13_hub.ipynb #c13a0065
 def _lacks(folder, parts, names):

@@ -623,11 +623,10 @@ def test_blanks_and_line_ends_change_no_answer(command, typed):
 # --- notes
 
 def test_warnings_are_notes_of_one_line(command, monkeypatch):
-    from paligemma_nb import opening
     def opens(*args, **kwargs):
         warnings.warn("bfloat16 is slow here:\n  float32 would be faster")
         return load_model(*args, **kwargs)
-    monkeypatch.setattr(opening, "load_model", opens)
+    monkeypatch.setattr("paligemma_nb.opening.load_model", opens)
     note = "note: bfloat16 is slow here: float32 would be faster\n"
     for _ in range(2):
         assert command("--only_cpu") == (0, f"{SCENE.caption}\n", note + OPENED)
@@ -747,7 +746,7 @@ def test_a_flag_and_its_variable_are_given_twice(launch):
 def refuses(fails, monkeypatch):
     "Refused before the model is opened"
     def opened(*args, **kwargs): raise AssertionError("the model was opened")
-    monkeypatch.setattr("paligemma_nb.checkpoint.load_model", opened)
+    monkeypatch.setattr("paligemma_nb.opening.load_model", opened)
     return fails
 
 

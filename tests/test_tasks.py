@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from paligemma_nb.checkpoint import load_model
+from paligemma_nb import load_model
 from paligemma_nb.detection import Detection, parse_boxes
 from paligemma_nb.scenes import HELD_OUT, make_scene
 from paligemma_nb.segmentation import find_objects

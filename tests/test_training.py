@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import paligemma_nb
 from paligemma_nb import training
-from paligemma_nb.checkpoint import load_model
+from paligemma_nb import load_model
 from paligemma_nb.generation import generate
 from paligemma_nb.paligemma import PaliGemmaForConditionalGeneration
 from paligemma_nb.processing import EXTRA_TOKENS, PaliGemmaProcessor
