@@ -5,18 +5,11 @@
 # %% auto #0
 __all__ = ['KIND_WEIGHTS', 'STAGES', 'VALIDATION', 'sample_examples', 'tiny_processor', 'tiny_config', 'Recipe', 'make_batch',
            'batch_loss', 'waves', 'initialize', 'make_optimizers', 'training_precision', 'train_step', 'machine',
-           'save_state', 'load_state', 'train', 'model_card', 'save_trained', 'train_tiny', 'measure', 'main']
+           'save_state', 'load_state', 'train', 'model_card', 'save_trained', 'train_tiny', 'measure']
 
 # %% ../nbs/31_training.ipynb #b4401bc0
-# Trains and measures the PaliGemma that this package ships:
-#     python -m paligemma_nb.training train      # from nothing, on a GPU if there is one
-#     python -m paligemma_nb.training evaluate   # its marks on scenes that it never saw
 # Papers: PaliGemma, arXiv 2407.07726; Muon, arXiv 2502.16982.
-import json
-import math
-import os
-import sys
-import time
+import json, math, os, re, time
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,24 +21,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import AdamW, Muon, Optimizer
 from tqdm import tqdm
 
-from .checkpoint import save_model
-from .opening import load_model
+from . import load_model, save_model
 from .gemma import GemmaConfig
 from .paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor, train_tokenizer
 from .scenes import HELD_OUT, Scene, make_scene
 from .siglip import SiglipVisionConfig
-from .tasks import (KINDS, Answer, Example, evaluate, marks_table, scene_examples,
-                                worst)
+from .tasks import (
+    KINDS, Example, Marked, evaluate, marks_table, scene_examples, worst)
 
 # %% ../nbs/31_training.ipynb #e4744bcb
-KIND_WEIGHTS = dict(caption=3, detect=8, absent=0.5, count=3, exists=1, color=1, shape=1, where=1.5)
+KIND_WEIGHTS = dict(
+    caption=3, detect=8, absent=0.5, count=3, exists=1, color=1, shape=1, where=1.5)
 
-def sample_examples(scene: Scene, num: int, rng: np.random.Generator, kind_weights: dict[str, float] = KIND_WEIGHTS,
-) -> list[Example]: # `num` examples of different kinds, drawn by their weights; a kind without a weight is not drawn
-    "Raises ValueError where the scene offers fewer than `num` of these kinds."
+def sample_examples(
+    scene: Scene, num: int, rng: np.random.Generator,
+    kind_weights: dict[str, float] = KIND_WEIGHTS, # how often which; others are not drawn
+) -> list[Example]: # `num` examples of different kinds
+    "Raises ValueError if the scene offers fewer than `num` of these kinds."
     offered = scene_examples(scene, rng)
     examples = {kind: found for kind, found in offered.items() if kind_weights.get(kind)}
     if len(examples) < num:
@@ -56,19 +52,23 @@ def sample_examples(scene: Scene, num: int, rng: np.random.Generator, kind_weigh
     return [examples[kind][rng.integers(len(examples[kind]))] for kind in kinds]
 
 # %% ../nbs/31_training.ipynb #b814643b
-def tiny_processor() -> PaliGemmaProcessor: # 112 px, 64 image tokens, a vocabulary made of the scenes' words
-    scenes = [make_scene(seed) for seed in range(2_000)]
-    examples = [e for s in scenes for kind, found in scene_examples(s, np.random.default_rng(s.seed)).items()
-                if kind in KIND_WEIGHTS for e in found]
+def tiny_processor() -> PaliGemmaProcessor: # 112 px, 64 image tokens
+    "Its vocabulary is made of the words about 2,000 scenes."
+    scenes = ((make_scene(seed), np.random.default_rng(seed)) for seed in range(2_000))
+    examples = [e for scene, rng in scenes for found in scene_examples(scene, rng).values()
+                for e in found if e.kind in KIND_WEIGHTS]
     tokenizer = train_tokenizer(text for e in examples for text in (e.prompt, e.suffix))
     return PaliGemmaProcessor(tokenizer, image_size=112, num_image_tokens=64)
 
-
-def tiny_config(processor: PaliGemmaProcessor) -> PaliGemmaConfig: # 3.8 M parameters
-    vision = SiglipVisionConfig(hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=3,
+# %% ../nbs/31_training.ipynb #b814643c
+def tiny_config(processor: PaliGemmaProcessor) -> PaliGemmaConfig:
+    "Sizes for 3.8 million parameters."
+    sizes = dict(hidden_size=192, num_hidden_layers=4)
+    vision = SiglipVisionConfig(**sizes, intermediate_size=768, num_attention_heads=3,
                                 patch_size=14, image_size=processor.image_size)
-    text = GemmaConfig(hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-                       num_key_value_heads=1, head_dim=48, vocab_size=processor.vocab_size, max_position_embeddings=512)
+    text = GemmaConfig(**sizes, intermediate_size=512, num_attention_heads=4, head_dim=48,
+                       num_key_value_heads=1, vocab_size=processor.vocab_size,
+                       max_position_embeddings=512)
     return PaliGemmaConfig(vision, text, image_token_index=processor.image_token_id)
 
 # %% ../nbs/31_training.ipynb #f0a0bbbc
@@ -77,17 +77,17 @@ class Recipe:
     """Everything that decides what a training run does: the same recipe gives the same run.
     Raises ValueError for one that could not do what it says."""
     steps: int = 6_000               # updates
-    single_object_steps: int = 2_000 # the first ones see scenes of one object: finding things is learnt there
+    single_object_steps: int = 2_000 # at the start, with scenes of one object
     scenes_per_step: int = 32
     prompts_per_scene: int = 2       # the vision tower runs once for all of them
     muon_lr: float = 2e-3            # for the matrices inside the layers
     adamw_lr: float = 1e-3           # for embeddings, norms and biases
     warmup_steps: int = 100          # the rate rises to its peak …
-    decay_steps: int = 3_800         # … stays there, and falls to zero in the last ones
+    decay_steps: int = 3_800         # … and falls to zero in the last ones
     max_grad_norm: float = 1.0
-    length_power: float = 0.0        # each token of an answer of m tokens weighs m to the power of minus this
+    length_power: float = 0.0        # p: a token of an answer of m tokens weighs m^-p
     seed: int = 0
-    kind_weights: dict[str, float] = field(default_factory=lambda: dict(KIND_WEIGHTS))  # how often which task
+    kind_weights: dict[str, float] = field(default_factory=lambda: dict(KIND_WEIGHTS))
     autocast: bool = True            # matrix products in bfloat16; False: float32 throughout
 
     def __post_init__(self):
@@ -97,45 +97,47 @@ class Recipe:
             raise ValueError(f"{self.steps} steps are too few for {self.warmup_steps} up"
                              f" and {self.decay_steps} down: the rate would never peak")
         if bad := {k: w for k, w in self.kind_weights.items() if k not in KINDS or not w >= 0}:
-            raise ValueError(f"expected weights from 0 on for kinds of {KINDS}, got {bad}")
+            raise ValueError(f"expected weights of at least 0 for kinds of {KINDS}, got {bad}")
         if not 1 <= self.prompts_per_scene <= sum(map(bool, self.kind_weights.values())):
             raise ValueError("expected prompts_per_scene from 1 to the number of weights above"
                              f" 0, got {self.prompts_per_scene}")
 
     def rate(self, step: int) -> float: # factor on both learning rates; steps count from 0
+        "Raises ValueError for a step that is not in the run."
         if not 0 <= step < self.steps: raise ValueError(f"no step {step} among {self.steps}")
         return min((step + 1) / self.warmup_steps, 1.0, (self.steps - step) / self.decay_steps)
 
 # %% ../nbs/31_training.ipynb #0947fa5f
-def make_batch(processor: PaliGemmaProcessor, recipe: Recipe, step: int,
-) -> dict[str, Tensor]: # the processor's tensors; the prompts of a scene stand next to each other
-    "The batch depends on the recipe and the step alone, so that a stopped run goes on as if it had not stopped."
-    rng = np.random.default_rng([recipe.seed, step])
+def make_batch(processor: PaliGemmaProcessor, recipe: Recipe, step: int) -> dict[str, Tensor]:
+    "Depends on recipe and step alone; the prompts about a scene follow each other."
+    rng, examples, pictures = np.random.default_rng([recipe.seed, step]), [], []
     num_objects = 1 if step < recipe.single_object_steps else None
-    scenes = [make_scene(int(seed), processor.image_size, num_objects=num_objects)
-              for seed in rng.integers(HELD_OUT, size=recipe.scenes_per_step)]
-    rows = [(scene.pixels, example) for scene in scenes
-            for example in sample_examples(scene, recipe.prompts_per_scene, rng, recipe.kind_weights)]
-    return processor([pixels for pixels, _ in rows], [e.prompt for _, e in rows], [e.suffix for _, e in rows])
+    for seed in rng.integers(HELD_OUT, size=recipe.scenes_per_step):
+        scene = make_scene(int(seed), processor.image_size, num_objects=num_objects)
+        pictures += [scene.pixels] * recipe.prompts_per_scene
+        examples += sample_examples(scene, recipe.prompts_per_scene, rng, recipe.kind_weights)
+    return processor(pictures, [e.prompt for e in examples], [e.suffix for e in examples])
 
 # %% ../nbs/31_training.ipynb #51b91a54
-def batch_loss(model: PaliGemmaForConditionalGeneration, batch: dict[str, Tensor],
-    length_power: float = 0.0,   # 0: the mean over all tokens, the model's own loss; 1: over answers, big_vision's
+def batch_loss(
+    model: PaliGemmaForConditionalGeneration, batch: dict[str, Tensor],
+    length_power: float = 0.0,   # 0: mean over all tokens, as the model's own; 1: over answers
 ) -> Tensor: # scalar
-    """The suffix loss without what it does not need: equal pictures in a run are seen once,
-    logits stand where answers do. Raises ValueError if none is there, or one can be read off."""
+    """The suffix loss, without needless work: a picture that repeats the one before it goes
+    through the vision tower once, and logits are computed only where answers are. Raises
+    ValueError if nothing is to be learned, or if a label can be read off the input."""
     labels = batch.get("labels")  # [b, t]
     if labels is None or not (scored := labels != -100).any():
         raise ValueError("the batch has no labels to learn: give the processor each suffix")
     if (scored & (batch["token_type_ids"] == 0)).any():
         raise ValueError("expected token_type_ids of 1 for all labels: those of 0 see ahead")
     pictures = batch["pixel_values"]
-    other = torch.ones_like(pictures[:, 0, 0, 0], dtype=torch.bool)  # than the one before
-    other[1:] = (pictures[1:] != pictures[:-1]).flatten(1).any(1)
-    features = model.get_image_features(pictures[other])[other.cumsum(0) - 1]  # [images, n, c]
+    new = torch.ones_like(pictures[:, 0, 0, 0], dtype=torch.bool)  # unlike the one before
+    new[1:] = (pictures[1:] != pictures[:-1]).flatten(1).any(1)
+    features = model.get_image_features(pictures[new])[new.cumsum(0) - 1]  # [images, n, c]
     text = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
-    first = int(scored.any(0).int().argmax())  # with a label; the position before predicts it
-    kept = labels.shape[1] - first + 1
+    first = int(scored.any(0).int().argmax())  # position of the first label
+    kept = labels.shape[1] - first + 1  # with the position before it, which predicts it
     logits = model(**text, image_features=features, logits_to_keep=kept).logits[:, :-1].float()
     costs = F.cross_entropy(logits.transpose(1, 2), labels[:, first:], reduction="none")
     lengths = scored.sum(1, keepdim=True).clamp(min=1)  # [b, 1]
@@ -146,8 +148,8 @@ def batch_loss(model: PaliGemmaForConditionalGeneration, batch: dict[str, Tensor
 def waves(
     x: Tensor,      # [m] places, 0 … 1
     dim: int,       # even
-    highest: float, # frequency of the fastest wave, in turns over the whole range; the slowest makes a quarter turn
-) -> Tensor: # [m, dim], rows of length 1: near places have like rows
+    highest: float, # frequency of the fastest wave, in turns; the slowest makes a quarter turn
+) -> Tensor: # [m, dim], rows of length 1: near places have similar rows
     "A place as sines and cosines of growing frequency."
     if dim % 2: raise ValueError(f"expected an even dim, sine and cosine, got {dim}")
     frequencies = torch.logspace(math.log10(0.25), math.log10(highest), dim // 2)
@@ -156,25 +158,25 @@ def waves(
 
 # %% ../nbs/31_training.ipynb #67cf5889
 @torch.no_grad()
-def initialize(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor, seed: int = 0):
-    "Random weights to start from. Blocks begin as identities; what stands for a place begins as waves."
+def initialize(model: nn.Module, processor: PaliGemmaProcessor, seed: int = 0):
+    "Random weights to start from: blocks change nothing yet, and places are waves."
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         part, kind = name.split(".")[-2:]
-        # LayerNorm starts at 1, biases at 0, and so does Gemma's RMSNorm: it stores the distance from 1
+        # LayerNorm starts at 1; biases at 0, and Gemma's RMSNorm: it multiplies by 1 + weight
         if p.ndim == 1: p.fill_(float(kind == "weight" and name.startswith("vision_tower")))
-        elif part in ("out_proj", "fc2", "o_proj", "down_proj"): p.zero_()  # what a block adds to the stream
+        elif part in ("out_proj", "fc2", "o_proj", "down_proj"): p.zero_()  # last in a block
         else: p.normal_(std=p[0].numel() ** -0.5, generator=generator)
     embeddings = model.language_model.model.embed_tokens.weight
-    first = processor.tokenizer.token_to_id("<loc0000>")
-    embeddings[first:first + 1024] = waves(torch.linspace(0, 1, 1024), embeddings.shape[1], highest=64)
+    first, places = processor.tokenizer.token_to_id("<loc0000>"), torch.linspace(0, 1, 1024)
+    embeddings[first:first + 1024] = waves(places, embeddings.shape[1], highest=64)
     positions = model.vision_tower.vision_model.embeddings.position_embedding.weight  # [n, c]
     side, half = math.isqrt(len(positions)), positions.shape[1] // 2
-    line = waves((torch.arange(side) + 0.5) / side, half, highest=side / 2) * half ** 0.5 / 2  # [side, half]
+    line = half ** 0.5 / 2 * waves((torch.arange(side) + 0.5) / side, half, highest=side / 2)
     positions.copy_(torch.cat((line.repeat_interleave(side, 0), line.repeat(side, 1)), dim=1))
 
 # %% ../nbs/31_training.ipynb #b73c620e
-def make_optimizers(model: nn.Module, recipe: Recipe) -> dict[str, torch.optim.Optimizer]: # 'muon' and 'adamw'
+def make_optimizers(model: nn.Module, recipe: Recipe) -> dict[str, Optimizer]:
     """Muon (arXiv 2502.16982) for the matrices of the layers, AdamW for everything else.
     Raises ValueError for other weights than float32: small steps would round to nothing."""
     inside = {n: p for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2}
@@ -183,41 +185,43 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> dict[str, torch.optim.O
     if not inside or found != ["torch.float32"]:
         raise ValueError("expected all weights in float32, neither packed nor small, got "
                          f"{len(inside)} matrices in the layers and {', '.join(found)}")
-    muon = torch.optim.Muon(inside.values(), lr=recipe.muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-    return dict(muon=muon, adamw=torch.optim.AdamW(others, lr=recipe.adamw_lr, weight_decay=0.0, betas=(0.9, 0.98)))
+    muon = Muon(inside.values(), lr=recipe.muon_lr, weight_decay=0.01,
+                adjust_lr_fn="match_rms_adamw")
+    adamw = AdamW(others, lr=recipe.adamw_lr, weight_decay=0.0, betas=(0.9, 0.98))
+    return dict(muon=muon, adamw=adamw)
 
 # %% ../nbs/31_training.ipynb #e8fc75b5
 STAGES = (
     Recipe(),
-    Recipe(steps=1_700, single_object_steps=0, muon_lr=1.5e-3, adamw_lr=7e-4, warmup_steps=50, decay_steps=1_650,
-           seed=1, kind_weights=dict(caption=1.5, detect=4, absent=0.7, count=2, exists=3, color=4, shape=3, where=3)),
-    Recipe(steps=4_000, single_object_steps=0, muon_lr=1.5e-3, adamw_lr=7e-4, warmup_steps=50, decay_steps=2_400,
-           length_power=0.5, seed=2, kind_weights=dict(
+    Recipe(steps=1_700, single_object_steps=0, muon_lr=1.5e-3, adamw_lr=7e-4, warmup_steps=50,
+           decay_steps=1_650, seed=1, kind_weights=dict(
+              caption=1.5, detect=4, absent=.7, count=2, exists=3, color=4, shape=3, where=3)),
+    Recipe(steps=4_000, single_object_steps=0, muon_lr=1.5e-3, adamw_lr=7e-4, warmup_steps=50,
+           decay_steps=2_400, length_power=0.5, seed=2, kind_weights=dict(
                caption=2, detect=3, absent=1, count=2, exists=1.5, color=1, shape=1, where=6,
                segment=7, segment_absent=0.7, several=2.5)),
-    Recipe(steps=1_500, single_object_steps=0, muon_lr=1.2e-3, adamw_lr=5e-4, warmup_steps=50, decay_steps=1_450,
-           length_power=0.5, seed=3, kind_weights=dict(
+    Recipe(steps=1_500, single_object_steps=0, muon_lr=1.2e-3, adamw_lr=5e-4, warmup_steps=50,
+           decay_steps=1_450, length_power=0.5, seed=3, kind_weights=dict(
                caption=4, detect=3, absent=1, count=2.5, exists=2, color=5, shape=2, where=6,
                segment=4, segment_absent=0.7, several=2.5)))
 
 # %% ../nbs/31_training.ipynb #89d6e099
 @contextmanager
-def training_precision(device: str, # 'cpu' or 'cuda'
-    autocast: bool = True): # False: float32 throughout
-    "bfloat16 for the matrix products, float32 for the weights and what is delicate."
+def training_precision(device: str, autocast: bool = True): # device: 'cpu' or 'cuda'
+    "bfloat16 for the matrix products; float32 for the rest, and without autocast for all."
     with torch.autocast(device, torch.bfloat16, enabled=autocast), ExitStack() as stack:
         if device == "cpu":  # where it was measured, fused attention's backward took longer
             flags = torch.backends.cuda  # they hold for the CPU as well
-            stack.callback(flags.allow_fp16_bf16_reduction_math_sdp, flags.fp16_bf16_reduction_math_sdp_allowed())
-            flags.allow_fp16_bf16_reduction_math_sdp(True)
+            allow = flags.allow_fp16_bf16_reduction_math_sdp
+            stack.callback(allow, flags.fp16_bf16_reduction_math_sdp_allowed())
+            allow(True)
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 
 # %% ../nbs/31_training.ipynb #ec598fa4
-def train_step(model: PaliGemmaForConditionalGeneration, optimizers: dict[str, torch.optim.Optimizer],
-    batch: dict[str, Tensor], recipe: Recipe, step: int,
-) -> float: # loss before the update; the batch is moved to the model's device
-    "Raises ValueError, with the weights as they were, if loss or gradient are not finite."
+def train_step(model: nn.Module, optimizers: dict[str, Optimizer], batch: dict[str, Tensor],
+               recipe: Recipe, step: int) -> float: # loss before the update
+    "Raises ValueError, and leaves the weights as they were, if the gradient is not finite."
     device = next(model.parameters()).device
     batch = {name: x.to(device) for name, x in batch.items()}
     model.zero_grad()
@@ -225,7 +229,7 @@ def train_step(model: PaliGemmaForConditionalGeneration, optimizers: dict[str, t
         loss = batch_loss(model, batch, recipe.length_power)
     loss.backward()
     length = nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-    if not length.isfinite():  # nor is it where the loss is not
+    if not length.isfinite():  # if the loss is not finite, the gradient is not either
         raise ValueError(f"step {step}: loss {loss:.4g}, length of its gradient {length:.4g}; "
                          "the weights are left as they were before it: try lower rates")
     for name, peak in (("muon", recipe.muon_lr), ("adamw", recipe.adamw_lr)):
@@ -234,28 +238,33 @@ def train_step(model: PaliGemmaForConditionalGeneration, optimizers: dict[str, t
     return loss.item()
 
 # %% ../nbs/31_training.ipynb #c54bdb73
-def machine() -> str: # what a measurement was made on
+def machine() -> str:
+    "What a measurement was made on: processor, threads, versions."
     import platform
     name, cpus = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if cpus.exists(): name = next((l.split(":")[1].strip() for l in cpus.open() if l.startswith("model name")), name)
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{name}, threads: {torch.get_num_threads()}"
+    if cpus.exists() and (found := re.search("model name.*: (.*)", cpus.read_text())):
+        name = found[1].strip()
+    name = f"{name}, threads: {torch.get_num_threads()}"
+    if torch.cuda.is_available(): name = torch.cuda.get_device_name()
     return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
 
 # %% ../nbs/31_training.ipynb #1ea1c8e4
-def save_state(path: Path, model: nn.Module, optimizers: dict, step: int, recipe: Recipe, history: list):
-    "Everything a stopped run needs to go on. Written aside, then renamed: a kill leaves the old file or the new one."
+def save_state(path: Path, model: nn.Module, optimizers: dict[str, Optimizer], step: int,
+               recipe: Recipe, history: list[dict]): # step: the next one
+    "All that a stopped run needs to continue. A kill leaves the old file or the new one."
     tensors = {f"model/{n}": p.detach() for n, p in model.named_parameters()}
     for name, optimizer in optimizers.items():
         for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"{name}/{i}/{key}": torch.as_tensor(value) for key, value in state.items()}
+            tensors |= {f"{name}/{i}/{key}": torch.as_tensor(x) for key, x in state.items()}
     metadata = dict(step=step, recipe=asdict(recipe), history=history)
     aside = path.with_suffix(".partial")
-    save_file({n: t.contiguous() for n, t in tensors.items()}, aside, {k: json.dumps(v) for k, v in metadata.items()})
+    save_file({n: t.contiguous() for n, t in tensors.items()}, aside,
+              {key: json.dumps(value) for key, value in metadata.items()})
     os.replace(aside, path)
 
 # %% ../nbs/31_training.ipynb #37f6c52b
-def load_state(path: Path, model: nn.Module, optimizers: dict, recipe: Recipe,
-) -> tuple[int, list]: # the next step, the history so far
+def load_state(path: Path, model: nn.Module, optimizers: dict[str, Optimizer],
+               recipe: Recipe) -> tuple[int, list[dict]]: # the next step, the history so far
     """Fills model and optimizers from a file of `save_state`.
     Raises ValueError if it is no such file, or if another recipe or another model wrote it."""
     try:
@@ -264,138 +273,129 @@ def load_state(path: Path, model: nn.Module, optimizers: dict, recipe: Recipe,
     except SafetensorError as error: raise ValueError(f"{path} is damaged: {error}") from None
     if "recipe" not in (found or {}): raise ValueError(f"{path} is no file of save_state")
     step, theirs, history = (json.loads(found[key]) for key in ("step", "recipe", "history"))
-    ours, theirs = asdict(recipe), asdict(Recipe()) | theirs  # it may lack a newer setting
-    if other := [f"{k} {ours.get(k)}, got {v}" for k, v in theirs.items() if v != ours.get(k)]:
-        raise ValueError(f"{path} belongs to another recipe: expected {'; '.join(other)}")
     weights = {n[6:]: t for n, t in tensors.items() if n.startswith("model/")}
-    ours = {n: list(t.shape) for n, t in model.state_dict().items()}
-    theirs = {n: list(t.shape) for n, t in weights.items()}
-    if other := [f"{n} {ours.get(n)}, got {theirs.get(n)}" for n in ours | theirs
-                 if ours.get(n) != theirs.get(n)]:
-        raise ValueError(f"{path} belongs to another model: expected {other[0]}")
+    shapes = ({n: list(t.shape) for n, t in x.items()} for x in (model.state_dict(), weights))
+    for what, ours, theirs in (  # a recipe may lack a newer setting
+        ("recipe", asdict(recipe), asdict(Recipe()) | theirs), ("model", *shapes)):
+        other = [f"{n} {ours.get(n)}, got {theirs.get(n)}" for n in ours | theirs
+                 if ours.get(n) != theirs.get(n)]
+        if other: raise ValueError(f"{path} belongs to another {what}: expected {other[0]}")
     model.load_state_dict(weights)
+    states = {name: {} for name in optimizers}
+    for key in tensors.keys() - {f"model/{n}" for n in weights}:
+        name, i, what = key.split("/")
+        states[name].setdefault(int(i), {})[what] = tensors[key]
     for name, optimizer in optimizers.items():
-        state = {}
-        for key, t in tensors.items():
-            if key.startswith(f"{name}/"): state.setdefault(int(key.split("/")[1]), {})[key.split("/")[2]] = t
-        optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()["param_groups"]))
+        optimizer.load_state_dict(optimizer.state_dict() | dict(state=states[name]))
     return step, history
 
 # %% ../nbs/31_training.ipynb #845ee452
 VALIDATION = HELD_OUT + 10**6  # scenes for the curves, apart from those of the final results
 
 def train(
-    folder: str | Path,  # the run's state and history are kept here; an unfinished run found in it goes on
+    folder: str | Path,        # of the run's state and history; an unfinished run is continued
     model: PaliGemmaForConditionalGeneration,
     processor: PaliGemmaProcessor,
     recipe: Recipe,
-    save_every: int = 100,       # steps
-    evaluate_every: int = 500,   # steps; saves as well
-    num_scenes: int = 64,        # for each evaluation
-) -> list[dict]: # history: a row of mean loss and seconds at each save, and of marks at each evaluation
+    save_every: int = 100,     # steps
+    evaluate_every: int = 500, # steps; saves as well
+    num_scenes: int = 64,      # for each evaluation
+) -> list[dict]: # history: at each save mean loss and seconds, at each evaluation also marks
     "Raises ValueError if the folder holds a run of another recipe or model."
     if min(save_every, evaluate_every) < 1:
         raise ValueError(f"expected positive numbers, got {save_every=}, {evaluate_every=}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     state, optimizers = folder / "state.safetensors", make_optimizers(model, recipe)
-    first, history = load_state(state, model, optimizers, recipe) if state.exists() else (0, [])
+    first, history, last = 0, [], recipe.steps
+    if state.exists(): first, history = load_state(state, model, optimizers, recipe)
     losses, started = [], time.perf_counter()
-    for step in (bar := tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc="train")):
-        losses.append(train_step(model, optimizers, make_batch(processor, recipe, step), recipe, step))
-        done = step + 1
-        if done % save_every and done % evaluate_every and done < recipe.steps: continue
-        row = dict(step=done, loss=float(np.mean(losses)), seconds=time.perf_counter() - started)
-        if done % evaluate_every == 0 or done == recipe.steps:
+    for step in (bar := tqdm(range(first, last), initial=first, total=last, desc="train")):
+        batch, done = make_batch(processor, recipe, step), step + 1
+        losses.append(train_step(model, optimizers, batch, recipe, step))
+        if done % save_every and done % evaluate_every and done < last: continue
+        seconds = time.perf_counter() - started
+        history.append(row := dict(step=done, loss=float(np.mean(losses)), seconds=seconds))
+        if done % evaluate_every == 0 or done == last:
             row["marks"] = evaluate(model, processor, num_scenes, VALIDATION)[0]
-        history.append(row)
         save_state(state, model, optimizers, done, recipe, history)
         bar.set_postfix(loss=f"{row['loss']:.3f}")
         losses, started = [], time.perf_counter()
     return history
 
 # %% ../nbs/31_training.ipynb #cb7f09ea
-def model_card(model, processor, stages, history: list[dict], results: dict, answers: list[Answer]) -> str: # Markdown
+def model_card(model, processor, stages: tuple[Recipe, ...], history: list[dict],
+               results: dict, answers: list[Marked]) -> str: # Markdown
+    "What was done, what came out and where it fails, for `README.md`."
     failures = [a for a in answers if min(a.marks.values()) < 0.5]
     shown = failures[::max(len(failures) // 10, 1)][:10]  # spread over the tasks, not picked
-    rows = [f"| {a.seed} | {a.example.prompt} | {a.example.suffix or 'nothing'} | {a.text or 'nothing'} |"
-            for a in shown]
+    cells = ((a.seed, a.example.prompt, a.example.suffix, a.text) for a in shown)
+    rows = [f"| {' | '.join(str(cell) or 'nothing' for cell in row)} |" for row in cells]
+    minutes = sum(row["seconds"] for row in history) / 60
     return "\n".join([f"""# Tiny PaliGemma
 
-A PaliGemma of {sum(p.numel() for p in model.parameters()):,} parameters in the published file format, trained from
-nothing on synthetic scenes. It captions them, answers questions about them, finds objects in them and outlines them. It
-knows nothing else: other pictures are foreign to it.
+A PaliGemma of {sum(p.numel() for p in model.parameters()):,} parameters in the published file
+format, trained from nothing on synthetic scenes. It captions them, answers questions about
+them, finds objects in them and outlines them. All other pictures are foreign to it.
 
-- Data: scenes of 1 to 4 shapes, {processor.image_size} px, `paligemma_nb.scenes.make_scene`, seeds below {HELD_OUT:,}.
-- Tasks: `caption en`, `answer en <question>`, `detect <thing>`, `detect <thing> ; <thing>`, `segment <thing>`. An
-  absent thing is answered with nothing. The `<seg>` tokens are those of the mask VAE that the package ships.
+- Data: scenes of 1 to 4 shapes, {processor.image_size} px, seeds below {HELD_OUT:,}.
+- Tasks: `caption en`, `answer en <question>`, `detect <thing>`, `detect <thing> ; <thing>`,
+  `segment <thing>`. An absent thing is answered with nothing. The `<seg>` tokens are those of
+  the mask VAE that the package ships.
 - Recipe, stage by stage: {', then '.join(f'`{recipe}`' for recipe in stages)}
-- Time and machine: {sum(row["seconds"] for row in history) / 60:.0f} minutes; {results["machine"]}.
+- Time and machine: {minutes:.0f} minutes; {results["machine"]}.
 
 ## Results
 
-Greedy answers on {results["num_scenes"]:,} scenes from seed {results["first_seed"]:,} on, never trained on, float32;
-`python -m paligemma_nb.training evaluate` repeats it. IoU is of boxes for `detect`, of masks for `segment`. "All found"
-is about answers with several objects, each of them over 0.5. AP50 is COCO's, by pycocotools, over all objects of all
-scenes; boxes or masks invented for absent things count as mistakes.
+Greedy answers on {results["num_scenes"]:,} scenes from seed {results["first_seed"]:,} on, none
+of the training, in float32; `paligemma-nb evaluate` repeats it. IoU is of boxes for `detect`,
+of masks for `segment`. "All found" is about answers with several objects, each over 0.5. AP50
+is COCO's, over all objects of all scenes; what is invented for absent things counts as wrong.
 
 {marks_table(results["marks"])}
 
 ## Where it fails
 
-`make_scene(seed).image` shows the picture.
+`paligemma_nb.scenes.make_scene(seed).image` shows the picture.
 
 | seed | prompt | truth | answer |
 |---|---|---|---|""", *rows, ""])
 
 # %% ../nbs/31_training.ipynb #f93773dd
-def save_trained(folder: Path, model, processor, stages, history: list[dict], num_scenes: int = 1_000):
-    "The model in the published format; beside it its history, its results on unseen scenes and its card."
+def save_trained(folder: Path, model, processor, stages: tuple[Recipe, ...],
+                 history: list[dict], num_scenes: int = 1_000): # to mark it on
+    "The model in the published format; beside it its history, its results and its card."
     marks, answers = evaluate(model, processor, num_scenes)
-    results = dict(num_scenes=num_scenes, first_seed=HELD_OUT, machine=machine(), marks=marks, worst=worst(answers))
+    results = dict(num_scenes=num_scenes, first_seed=HELD_OUT, machine=machine(), marks=marks,
+                   worst=worst(answers))
+    story = dict(stages=[asdict(recipe) for recipe in stages], rows=history)
     save_model(model, processor, folder)
-    for name, text in (("history.json", json.dumps(dict(stages=[asdict(recipe) for recipe in stages], rows=history))),
-                       ("results.json", json.dumps(results, indent=2)),
-                       ("README.md", model_card(model, processor, stages, history, results, answers))):
-        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "history.json").write_text(json.dumps(story))
+    (folder / "results.json").write_text(json.dumps(results, indent=2))
+    card = model_card(model, processor, stages, history, results, answers)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 # %% ../nbs/31_training.ipynb #e3b7566a
-def train_tiny(
-    output_path: str = "runs/tiny", # the finished model goes to its folder `model`; a run that was stopped goes on
-    **unknown,                      # refused: Fire would else start first and complain afterwards
-) -> None:
-    "Trains the shipped model from nothing, on a GPU if there is one, measures it and writes its card."
-    if unknown: raise ValueError(f"unknown flags {list(unknown)}: expected output_path")
-    processor = tiny_processor()
+def train_tiny(output_path: str = "runs/tiny"): # of the run; one that was stopped is continued
+    "Trains the shipped model from nothing, on a GPU if there is one; marks and saves it."
+    processor, folder, history = tiny_processor(), Path(output_path), []
     model = PaliGemmaForConditionalGeneration(tiny_config(processor))
     initialize(model, processor)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    history = []
     for i, recipe in enumerate(STAGES, 1):
-        history += [row | dict(stage=i) for row in train(Path(output_path) / f"stage{i}", model, processor, recipe)]
-    save_trained(Path(output_path) / "model", model, processor, STAGES, history)
+        rows = train(folder / f"stage{i}", model, processor, recipe)
+        history += [row | dict(stage=i) for row in rows]
+    save_trained(folder / "model", model, processor, STAGES, history)
+    print(f"written: {folder / 'model'}")
 
-
+# %% ../nbs/31_training.ipynb #e3b7566b
 def measure(
-    model_path: str | None = None, # a folder; by default the shipped model
-    num_scenes: int = 1_000,
-    first_seed: int = HELD_OUT, **unknown, # unknown flags are refused
-) -> None:
-    "Marks a model on scenes that it never saw, and prints the table."
-    if unknown: raise ValueError(f"unknown flags {list(unknown)}: expected model_path, num_scenes or first_seed")
+    model_path: str | None = None, # folder or hub name; default: the shipped model
+    num_scenes: int = 1_000,       # how many scenes to ask about
+    first_seed: int = HELD_OUT,    # of the scenes; from this default on, none was trained on
+):
+    "Marks a model on scenes and prints the table."
     model, processor = load_model(model_path)
     results, _ = evaluate(model, processor, num_scenes, first_seed)
     if first_seed < HELD_OUT: print(f"seeds below {HELD_OUT:,} may have been trained on")
-    print(f"{num_scenes:,} scenes from seed {first_seed:,} on; {machine()}\n\n{marks_table(results)}")
-
-# %% ../nbs/31_training.ipynb #6dd9fa99
-def main():
-    "The command line: `python -m paligemma_nb.training train` and `… evaluate`; `--help` lists the flags."
-    import fire
-    try: fire.Fire(dict(train=train_tiny, evaluate=measure), name="paligemma_nb.training")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__" and "__file__" in globals(): main()  # not in a notebook
+    print(f"{num_scenes:,} scenes from seed {first_seed:,} on; {machine()}\n")
+    print(marks_table(results))

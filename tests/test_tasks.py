@@ -8,8 +8,8 @@ from paligemma_nb import load_model
 from paligemma_nb.detection import Detection, parse_boxes
 from paligemma_nb.scenes import HELD_OUT, make_scene
 from paligemma_nb.segmentation import find_objects
-from paligemma_nb.tasks import (KINDS, Answer, Example, ap50, evaluate, grade, marks_table,
-                                scene_examples, worst)
+from paligemma_nb.tasks import (
+    KINDS, Example, Marked, ap50, evaluate, grade, marks_table, scene_examples, worst)
 
 # --- a scene as text
 
@@ -19,12 +19,15 @@ def test_absent_things_are_absent():
         examples = scene_examples(scene, np.random.default_rng(seed))
         for kind, verb in (("absent", "detect "), ("segment_absent", "segment ")):
             (absent,) = examples[kind]
-            assert absent.prompt.removeprefix(verb) not in scene.things() and absent.suffix == ""
+            assert absent.prompt.removeprefix(verb) not in scene.things()
+            assert absent.suffix == ""
 
 
 def test_several_asks_for_things_and_answers_with_those_that_are_there():
-    asked = [(scene, e) for scene in map(make_scene, range(60))
-             for e in scene_examples(scene, np.random.default_rng(scene.seed)).get("several", [])]
+    asked = []
+    for scene in map(make_scene, range(60)):
+        offered = scene_examples(scene, np.random.default_rng(scene.seed))
+        asked += [(scene, e) for e in offered.get("several", [])]
     for scene, e in asked:
         names = e.prompt.removeprefix("detect ").split(" ; ")
         expected = [o.name for name in names for o in scene.things().get(name, [])]
@@ -39,7 +42,8 @@ def test_a_mask_comes_back_from_its_text():
             found = find_objects(e.suffix, (336, 336))
             for d, o in zip(found, e.objects, strict=True):
                 assert (d.mask & o.mask).sum() > 0.9 * (d.mask | o.mask).sum()
-            assert all(value == 1 or mark == "iou" for mark, value in grade(e, e.suffix, found).items())
+            marks = grade(e, e.suffix, found).items()
+            assert all(value == 1 or mark == "iou" for mark, value in marks)
 
 
 def test_every_kind_is_known_by_name():
@@ -84,7 +88,7 @@ def test_a_scene_is_asked_for_all_that_it_holds():
 
 RING, TRIANGLE, *_ = make_scene(HELD_OUT + 1).objects  # a red ring, a cyan triangle
 SIZE = 112, 112
-ONE, BOTH = (Example("detect", "", objects=objects).suffix for objects in ((RING,), (RING, TRIANGLE)))
+ONE, BOTH = (Example("detect", "", objects=o).suffix for o in ((RING,), (RING, TRIANGLE)))
 
 
 def marks_of(text, *objects, kind="detect", prompt="detect red ring"):
@@ -110,8 +114,10 @@ def test_grade_detect(objects, text, marks):
 def test_grade_segment_compares_masks_and_not_boxes():
     ask = dict(kind="segment", prompt="segment red ring")
     text = Example("segment", "segment red ring", objects=(RING,)).suffix
-    assert marks_of(text, RING, **ask)["iou"] > 0.85 and marks_of(text, RING, **ask)["right"] == 1
-    assert marks_of(ONE, RING, **ask) == dict(iou=0, over_half=0, right=0)       # the right box, without a mask
+    marks = marks_of(text, RING, **ask)
+    assert marks["iou"] > 0.85 and marks["right"] == 1
+    no_mask = marks_of(ONE, RING, **ask)  # in the right box
+    assert no_mask == dict(iou=0, over_half=0, right=0)
     codes = text[text.index("<seg"):text.index(" red")]
     filled = text.replace(codes, "<seg000>" * 16)
     found, = find_objects(filled, SIZE)
@@ -157,32 +163,36 @@ def test_over_half_is_over_half():
 
 def test_grade_text():
     example = Example("count", "answer en how many rings are there?", "2")
-    assert grade(example, "2", []) == dict(right=1) and grade(example, "22", []) == dict(right=0)
+    assert grade(example, "2", []) == dict(right=1)
+    assert grade(example, "22", []) == dict(right=0)
     caption = Example("caption", "caption en", "a red ring and a blue star")
     assert grade(caption, "a red ring", []) == grade(caption, "", []) == dict(right=0)
     absent = Example("absent", "detect red ring")
-    assert grade(absent, "", []) == dict(right=1) and grade(absent, ONE, find_objects(ONE, SIZE)) == dict(right=0)
+    assert grade(absent, "", []) == dict(right=1)
+    assert grade(absent, ONE, find_objects(ONE, SIZE)) == dict(right=0)
 
 
 def test_ap50_counts_what_is_missed_and_what_is_invented():
     scenes = [make_scene(seed) for seed in range(HELD_OUT, HELD_OUT + 30)]
-    def answer(scene, name, objects, kind="detect"):
+    def marked(scene, name, objects, kind="detect"):
         found = [Detection(name, o.box, score=0.9, mask=o.mask) for o in objects]
-        return Answer(scene.seed, Example(kind, f"detect {name}", objects=scene.things().get(name, ())), "", found, {})
-    right = [answer(s, name, objects) for s in scenes for name, objects in s.things().items()]
+        example = Example(kind, f"detect {name}", objects=scene.things().get(name, ()))
+        return Marked(scene.seed, example, "", found, {})
+    right = [marked(s, name, objects) for s in scenes for name, objects in s.things().items()]
     assert ap50(right, ("detect", "absent")) == ap50(right, ("detect",), masks=True) == 1
     blind = [replace(a, found=[]) if i % 2 else a for i, a in enumerate(right)]
     assert ap50(blind, ("detect",)) < 0.75
-    names = {name for s in scenes for name in s.things()}  # an invented thing is unsure, or as sure as the others
-    invented = [replace(a, found=[replace(d, score=1.0) for d in a.found]) for a in (
-        answer(s, name, s.objects[:1], kind="absent") for s in scenes for name in names - s.things().keys())]
-    assert ap50(right + invented, ("detect",)) == 1
-    assert ap50(right + invented, ("detect", "absent")) < 0.5
+    names = {name for s in scenes for name in s.things()}
+    invented = [marked(s, name, s.objects[:1], kind="absent")
+                for s in scenes for name in names - s.things().keys()]
+    surer = [replace(a, found=[replace(d, score=1.0) for d in a.found]) for a in invented]
+    assert ap50(right + surer, ("detect",)) == 1
+    assert ap50(right + surer, ("detect", "absent")) < 0.5
 
 
 def test_ap50_takes_kinds_that_exist():
     ring = Example("detect", "detect red ring", objects=(RING,))
-    answer = Answer(0, ring, ONE, find_objects(ONE, SIZE), {})
+    answer = Marked(0, ring, ONE, find_objects(ONE, SIZE), {})
     assert ap50([answer], ("detect",)) == pytest.approx(1)
     for kinds in ("detect", ("detects",)):
         with pytest.raises(ValueError, match="tuple of kinds"): ap50([answer], kinds)
@@ -192,7 +202,7 @@ def test_ap50_takes_kinds_that_exist():
 
 def test_a_box_without_a_mask_has_found_nothing_where_masks_are_asked_for():
     whole = Example("segment", "segment red ring", objects=(RING,))
-    answers = [Answer(seed, whole, text, find_objects(text, SIZE), {})
+    answers = [Marked(seed, whole, text, find_objects(text, SIZE), {})
                for seed, text in enumerate((whole.suffix, ONE))]
     assert ap50(answers, ("segment",), masks=True) == pytest.approx(51 / 101)
     empty = replace(answers[0].found[0], mask=np.zeros_like(RING.mask))
@@ -235,7 +245,10 @@ def test_an_exam_asks_marks_and_counts_what_it_says(monkeypatch):
 
 
 def test_worst_are_the_lowest():
-    def answer(seed, kind, **marks): return Answer(seed, Example(kind, "p"), "t", [], marks)
-    answers = [answer(s, kind, iou=iou) for kind in ("detect", "segment") for s, iou in ((3, 0.5), (2, 0.1), (1, 0.1))]
-    found = worst([*answers, answer(9, "detect", all_found=0.0), answer(9, "count", right=0.0)], num=2)
-    assert [(w["seed"], w["iou"]) for w in found["segment"]] == [(1, 0.1), (2, 0.1)] and len(found["detect"]) == 2
+    def marked(seed, kind, **marks): return Marked(seed, Example(kind, "p"), "t", [], marks)
+    answers = [marked(seed, kind, iou=iou) for kind in ("detect", "segment")
+               for seed, iou in ((3, 0.5), (2, 0.1), (1, 0.1))]
+    others = marked(9, "detect", all_found=0.0), marked(9, "count", right=0.0)
+    found = worst([*answers, *others], num=2)
+    for kind in ("detect", "segment"):
+        assert [(w["seed"], w["iou"]) for w in found[kind]] == [(1, 0.1), (2, 0.1)]
