@@ -87,7 +87,8 @@ def add_lora(
 # %% ../nbs/23_lora.ipynb #lo05
 def lora_layers(
     model: PaliGemmaForConditionalGeneration,
-) -> dict[str, nn.Module]: # peft's layers, each by the name of the linear map inside it
+) -> dict[str, nn.Module]: # by the name of the linear map that a layer holds
+    "peft's layers in the model; none without an adapter."
     return {name: m for name, m in model.named_modules() if hasattr(m, "lora_A")}
 
 
@@ -96,7 +97,8 @@ def _matrices(layer): return {x: getattr(layer, f"lora_{x}")["default"].weight f
 # %% ../nbs/23_lora.ipynb #lo07
 def transformers_key(
     key: str, # name of a tensor or module in our model, as in the published files
-) -> str: # its name in transformers 5; `published_key` leads back
+) -> str: # its name in transformers 5
+    "The inverse of `published_key`."
     key = re.sub(r"^language_model\.model\.", "language_model.", key)
     return "model." + re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", key)
 
@@ -212,7 +214,7 @@ def _check_fit(model, config, weights, path):
 # %% ../nbs/23_lora.ipynb #lo13
 def load_adapter(
     model: PaliGemmaForConditionalGeneration, # the base, changed in place
-    folder: str | Path,                       # of `save_adapter`, or of peft on transformers
+    folder: str | Path,                       # written here, or by peft for transformers
 ) -> PaliGemmaForConditionalGeneration: # the same, frozen but for the adapter: it can train on
     """Strict: every tensor of the file is used, and fits, or nothing changes.
 
