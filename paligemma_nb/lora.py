@@ -224,9 +224,10 @@ def load_adapter(
     _check(model, config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0))
     weights = _read_weights(folder)
     _check_fit(model, config, weights, folder / WEIGHTS)
-    settings = "r lora_alpha lora_dropout use_rslora task_type base_model_name_or_path".split()
+    kept = ("r", "lora_alpha", "lora_dropout", "use_rslora", "task_type",
+            "base_model_name_or_path", "revision")
     _inject(model, {name for name, _ in weights},
-            **{name: config[name] for name in settings if name in config})
+            **{name: config[name] for name in kept if name in config})
     with torch.no_grad():
         for name, layer in lora_layers(model).items():
             for x, weight in _matrices(layer).items(): weight.copy_(weights[name, x])
@@ -257,26 +258,29 @@ def merge_adapter(
 
 # %% ../nbs/23_lora.ipynb #lo14
 def find_adapter(
-    model_path: str | Path | None,      # folder or hub name of a model, or an adapter's folder
+    model_path: str | Path | None,      # as for load_model, or an adapter's folder
     adapter: str | Path | None = None,  # an adapter's folder
 ) -> tuple[str | Path | None, Path | None]: # which base to open, and which adapter beside it
     """An adapter that comes alone finds its base by what it notes. Raises FileNotFoundError
     where either is not there; ValueError where no base is noted, and where a folder holds an
     adapter that was not asked for."""
     def holds(path, name): return path is not None and (Path(path) / name).is_file()
-    if holds(model_path, CONFIG):
-        alone = not holds(model_path, "config.json")
-        asked = adapter is not None and Path(adapter).resolve() == Path(model_path).resolve()
+    place = getattr(model_path, "path", model_path)  # of a model that has been found already
+    if holds(place, CONFIG):
+        alone = not holds(place, "config.json")
+        asked = adapter is not None and Path(adapter).resolve() == Path(place).resolve()
         if not asked and (adapter is not None or not alone):
-            raise ValueError(f"{model_path} holds an adapter that was not asked for: name the "
+            raise ValueError(f"{place} holds an adapter that was not asked for: name the "
                              "folder as adapter, or move the adapter away")
-        if alone: model_path, adapter = None, model_path
+        if alone: model_path, adapter = None, place
     if adapter is None: return model_path, None
     if not holds(adapter, CONFIG): raise FileNotFoundError(f"no {CONFIG} in {adapter}")
     if model_path is not None: return model_path, Path(adapter)
-    base = read_adapter_config(adapter).get("base_model_name_or_path")
+    config = read_adapter_config(adapter)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base: raise ValueError(f"{adapter} does not say which model it is for: name both")
-    try: return find_folder(base), Path(adapter)
+    if Path(base).exists(): revision = None  # which is of a hub name
+    try: return find_folder(base, revision), Path(adapter)
     except (FileNotFoundError, ValueError) as e:
         raise type(e)(f"{adapter} is an adapter for {base}: {first_line(e)}; if you have that "
                       "model elsewhere, name its folder, too") from None

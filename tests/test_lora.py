@@ -6,6 +6,7 @@ import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,16 +16,16 @@ from test_parity import CASES, labels_of, make_both, relative
 from torch import nn
 from transformers import PaliGemmaForConditionalGeneration as Theirs
 
-from paligemma_nb import load_model, save_model
+from paligemma_nb import generate, load_model, save_model
 from paligemma_nb.checkpoint import published_key
-from paligemma_nb.gemma import GemmaConfig, GemmaEmbedding
-from paligemma_nb.gemma2 import Gemma2Config
-from paligemma_nb.generation import generate
+from paligemma_nb.gemma import GemmaEmbedding
 from paligemma_nb.lora import (
     ATTENTION, CONFIG, MLP, WEIGHTS, add_lora, find_adapter, load_adapter, lora_layers,
     merge_adapter, read_adapter_config, save_adapter, transformers_key)
-from paligemma_nb.paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
-from paligemma_nb.quantization import Int4Linear, Int8Linear, quantize, replace_modules
+from paligemma_nb.paligemma import (
+    Gemma2Config, GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration)
+from paligemma_nb.quantization import (
+    Int4Linear, Int8Linear, quantize, replace_modules)
 from paligemma_nb.siglip import SiglipVisionConfig
 from paligemma_nb.speed import pack
 
@@ -160,7 +161,8 @@ def test_merged_into_a_published_folder(tiny, question, tmp_path):
     model, processor = tiny
     question.pop("labels")
     expected = adapted(model)(**question).logits
-    with pytest.raises(ValueError): save_model(model, processor, tmp_path / "no")
+    with pytest.raises(ValueError, match="has an adapter"):
+        save_model(model, processor, tmp_path / "no")
     save_model(merge_adapter(model), processor, tmp_path / "merged")
     theirs = Theirs.from_pretrained(tmp_path / "merged", attn_implementation="eager")
     assert relative(theirs(**question).logits, expected) <= 1e-5
@@ -441,6 +443,14 @@ def test_one_adapter_at_a_time(saved):
         with pytest.raises(ValueError, match="adapter"): call(model)
 
 
+def test_rounded_weights_are_saved_without_an_adapter(tiny, tmp_path):
+    model, processor = tiny
+    adapted(quantize(model, "int8"))
+    with pytest.raises(ValueError, match="save_adapter writes that alone"):
+        save_model(model, processor, tmp_path / "int8")
+    assert not (tmp_path / "int8").exists()
+
+
 def test_what_save_and_merge_refuse(tiny, tmp_path):
     model, processor = tiny
     with pytest.raises(ValueError, match="no adapter to save"): save_adapter(model, tmp_path)
@@ -495,6 +505,11 @@ def test_an_adapter_finds_its_base(tiny, saved, tmp_path):
     assert find_adapter(base) == (base, None) and find_adapter(None) == (None, None)
     assert find_adapter(base, str(folder)) == (base, folder)
     assert find_adapter("owner/name", folder) == ("owner/name", folder)
+    found = SimpleNamespace(path=base)  # as for a model that has been found already
+    assert find_adapter(found) == (found, None)
+    assert find_adapter(found, folder) == (found, folder)
+    settings(revision="main")(folder)
+    assert find_adapter(folder) == (base, folder)  # of a folder there are no revisions
 
 
 def test_where_an_adapter_needs_help(saved, tmp_path):
@@ -504,6 +519,8 @@ def test_where_an_adapter_needs_help(saved, tmp_path):
         assert "\n" not in str(caught.value)
     refused("is an adapter for someone/base: .*name its folder, too", folder,
             error=FileNotFoundError)
+    settings(revision="bfloat16")(folder)
+    refused(r"someone/base \(revision bfloat16\)", folder, error=FileNotFoundError)
     settings(base_model_name_or_path=None)(folder)
     refused("does not say which model it is for", folder)
     refused("no adapter_config.json in", None, tmp_path, error=FileNotFoundError)
