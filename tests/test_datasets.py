@@ -458,6 +458,12 @@ def test_several_polygons_are_one_mask():
     assert (polygon_mask(parts, (10, 8)) == wanted).all()
 
 
+def test_the_box_around_a_mask():
+    mask = np.zeros((20, 30), dtype=bool)
+    mask[3:7, 10:25] = True
+    assert from_mask("cat", mask).box == (10, 3, 25, 7)
+
+
 def test_masks_become_text_and_come_back():
     for seed in range(6):
         for o in make_scene(seed, 224).objects:
@@ -471,7 +477,7 @@ def test_masks_become_text_and_come_back():
 
 
 def test_in_order():
-    boxes = [(0, 10, 20, 30), (5, 50, 15, 70), (6, 0, 16, 20), (60, 0, 80, 20)]
+    boxes = [(5, 10, 15, 30), (0, 50, 20, 70), (6, 0, 16, 20), (60, 0, 80, 20)]
     found = [Detection(str(i), box) for i, box in enumerate(boxes)]
     assert in_order(found[::-1]) == found
 
@@ -512,6 +518,7 @@ def test_report_of_things_that_are_never_absent(processor):
 
 
 SIDE = "<loc0700><loc0100><loc0800><loc0150>"  # left of BOX, and below it
+AT = "<loc0500><loc0200><loc0700><loc0400>"    # below BOX
 
 
 @pytest.mark.parametrize("suffixes, ordered", [
@@ -521,7 +528,9 @@ SIDE = "<loc0700><loc0100><loc0800><loc0150>"  # left of BOX, and below it
     ([f"{SIDE} cat ; {BOX} cat"] * 9 + [f"{LOW} cat ; {BOX} cat"], False),
     ([f"{LOW} cat ; {BOX} dog", f"{BOX} cat ; {LOW} dog"], True),  # name by name
     ([f"{BOX} dog ; {SIDE} cat", f"{SIDE} cat ; {LOW} dog", f"{LOW} cat ; {SIDE} dog"], False),
-    ([f"{BOX} cat ; {BOX.replace('0200', '0198')} cat"], True), ([f"{BOX} cat", ""], True)])
+    ([f"{AT} cat ; <loc0100><loc0199><loc0300><loc0399> cat"], True),
+    ([f"{AT} cat ; <loc0100><loc0198><loc0300><loc0398> cat"], False),
+    ([f"{BOX} cat", ""], True)])
 def test_report_of_the_order(processor, suffixes, ordered):
     found = warnings_of(processor, *(("detect cat ; dog", s) for s in suffixes))
     assert ("order" not in found) == ordered
@@ -540,14 +549,15 @@ def test_report_of_scenes_in_their_own_order(processor):
 
 
 def test_report_of_repeated_objects(processor):
-    assert "row 1" in warnings_of(processor, ("detect cat", f"{BOX} cat ; {LOW} cat"),
-                                  ("detect cat", f"{BOX} cat ; {BOX} cat"))["repeated"]
+    found = warnings_of(processor, ("detect cat", f"{BOX} cat ; {LOW} cat"),
+                        ("detect cat", f"{BOX} cat ; {BOX} cat"))
+    assert found["repeated"] == "an object stands twice in one answer: row 1"
     both = "detect cat ; dog", f"{BOX} cat ; {BOX} dog"
     assert "repeated" not in warnings_of(processor, both)
 
 
 def test_report_of_lengths_and_words(processor):
-    pairs = ("caption en", "a red star"), ("caption en", "red " * 20)
+    pairs = ("caption en", "red " * 9), ("caption en", "red " * 10)  # and <eos>
     assert warnings_of(processor, *pairs, limit=10) == {
         "long": "50.0% of the suffixes are longer than 10 tokens"}
     assert warnings_of(processor, ("caption en", "a red zebra"))["split"].endswith(": zebra 6")
