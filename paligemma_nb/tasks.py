@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from .detection import (
     Detection, average_precision, box_iou, format_detections, mask_iou, parse_boxes)
-from .generation import answer_probs, generate, token_ends
+from .attention import answer_probs, token_ends
+from .generation import generate
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
 from .scenes import COLORS, HELD_OUT, SHAPES, Scene, SceneObject, make_scene
