@@ -446,7 +446,7 @@ def test_one_adapter_at_a_time(saved):
 def test_rounded_weights_are_saved_without_an_adapter(tiny, tmp_path):
     model, processor = tiny
     adapted(quantize(model, "int8"))
-    with pytest.raises(ValueError, match="save_adapter writes that alone"):
+    with pytest.raises(ValueError, match="save_adapter writes it alone"):
         save_model(model, processor, tmp_path / "int8")
     assert not (tmp_path / "int8").exists()
 
