@@ -1,5 +1,6 @@
 """Training: batches, loss, resuming; and the shipped model, which training made."""
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from paligemma_nb.generation import generate
 from paligemma_nb.paligemma import PaliGemmaForConditionalGeneration
 from paligemma_nb.processing import EXTRA_TOKENS, PaliGemmaProcessor
 from paligemma_nb.scenes import HELD_OUT, make_scene
-from paligemma_nb.tasks import Example, Marked, evaluate
+from paligemma_nb.tasks import KIND_WEIGHTS, Example, Marked, evaluate, sample_examples
 from paligemma_nb.training import (
-    KIND_WEIGHTS, STAGES, VALIDATION, Recipe, batch_loss, initialize, load_state, make_batch,
-    make_optimizers, measure, sample_examples, save_state, save_trained, tiny_config,
+    STAGES, VALIDATION, Recipe, batch_loss, initialize, load_state, make_batch,
+    make_optimizers, measure, save_state, save_trained, tiny_config,
     tiny_processor, train, train_step, train_tiny, waves)
 
 TINY = Path(paligemma_nb.__file__).parent / "tiny"
@@ -526,3 +527,19 @@ def test_the_commands_are_the_functions(monkeypatch, capsys):
     assert inference.main(["evaluate", "--num_scenes=7"]) == 0
     assert inference.main(["train", "--output-path", "7"]) == 0
     assert called == [(None, 7, 2), "7"]
+
+
+def test_a_batch_in_parts_is_the_whole_batch(shipped):
+    model, processor = deepcopy(shipped[0]), shipped[1]
+    scenes = [make_scene(seed) for seed in range(3)]
+    suffixes = ["a", scenes[1].caption, "two words"]  # a mean of means would be another loss
+    rows = list(zip([s.pixels for s in scenes], ["caption en"] * 3, suffixes))
+    recipe, got = replace(STAGES[0], autocast=False), []
+    for parts in [rows], [rows[:1], rows[1:]]:
+        batches = [processor(*map(list, zip(*part))) for part in parts]
+        model.load_state_dict(shipped[0].state_dict())
+        loss = train_step(model, make_optimizers(model, recipe), batches, recipe, 0)
+        got.append((loss, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (one, whole), (two, summed) = got
+    assert two == pytest.approx(one, rel=1e-5)
+    assert (whole - summed).norm() < 1e-5 * whole.norm()
