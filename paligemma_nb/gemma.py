@@ -194,7 +194,7 @@ class GemmaModel(nn.Module):
     ) -> Tensor: # [b, t - first, c] after the final norm
         t, past = inputs_embeds.shape[1], 0 if kv_cache is None else kv_cache.length
         # from 1, as in transformers. Left padding shifts a row's positions: attention sees
-        # only their differences, but that is exact in float32 only, as bfloat16 rounds the angles
+        # only their differences, but that is exact in float32 only, as bfloat16 rounds angles
         position_ids = torch.arange(past + 1, past + t + 1, device=inputs_embeds.device)[None]
         # rounded to the dtype once, for all layers
         cos, sin = (angles.type_as(inputs_embeds) for angles in self.rotary_emb(position_ids))
