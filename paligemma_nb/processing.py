@@ -85,9 +85,9 @@ def _from_array(array):
     shape, got = array.shape, f"got {array.dtype} {list(array.shape)}"
     channels = [axis for axis in (0, 2) if len(shape) == 3 and shape[axis] in (1, 3, 4)]
     if len(shape) != 2 and len(channels) != 1:
-        raise ValueError("an image array must be [height, width] or have 1, 3 or 4 channels "
-                         "first or last: give a PIL image if it may be either, list(array) "
-                         f"if these are several, {got}")
+        raise ValueError("an image array must be [height, width], or have 1, 3 or 4 channels "
+                         "first or last: where both would fit, give a PIL image; for several "
+                         f"pictures, list(array); {got}")
     if array.dtype.kind == "f":
         if not ((array >= 0) & (array <= 1)).all():
             raise ValueError("a float image must lie in 0 … 1: clip or scale it, "

@@ -487,7 +487,7 @@ def test_a_name_on_the_hub_is_a_folder(processor, folder, tmp_path, monkeypatch)
     put_in_cache(tmp_path/"half", tmp_path, "someone/half")
     again = PaliGemmaProcessor.from_pretrained("someone/half", pictures=folder)
     assert again.image_size == processor.image_size
-    with pytest.raises(FileNotFoundError, match="preprocessor_config.json|could not be fetched"):
+    with pytest.raises(FileNotFoundError, match="preprocessor_config|not be fetched"):
         PaliGemmaProcessor.from_pretrained("someone/half")
     with pytest.raises(FileNotFoundError, match="revision v2"):
         PaliGemmaProcessor.from_pretrained("someone/reader", revision="v2")
@@ -786,10 +786,10 @@ BAD_VALUES = [
     (torch.full((3, 9, 9), -.1), "a", None, r"0 … 1.*float32 \[3, 9, 9\] from -0.1 to -0.1$"),
     (np.full((9, 9), np.nan), "a", None, r"must lie in 0 … 1.* from nan to nan$"),
     (np.zeros((9, 9, 2), np.uint8), "a", None, r"1, 3 or 4 channels first or last.*9, 2\]$"),
-    (np.zeros((3, 9, 4), np.uint8), "a", None, r"a PIL image if it may be either.*3, 9, 4\]$"),
-    (torch.zeros(1, 9, 3), "a", None, r"if it may be either.*float32 \[1, 9, 3\]$"),
-    (np.zeros(9, np.uint8), "a", None, r"must be \[height, width\] or.*uint8 \[9\]$"),
-    (np.zeros((2, 9, 9, 3), np.uint8), "a", None, r"list\(array\) if .* several.*9, 3\]$"),
+    (np.zeros((3, 9, 4), np.uint8), "a", None, r"where both would fit, give.*3, 9, 4\]$"),
+    (torch.zeros(1, 9, 3), "a", None, r"where both would fit, give.*float32 \[1, 9, 3\]$"),
+    (np.zeros(9, np.uint8), "a", None, r"must be \[height, width\], or.*uint8 \[9\]$"),
+    (np.zeros((2, 9, 9, 3), np.uint8), "a", None, r"pictures, list\(array\).*9, 3\]$"),
     (np.zeros((0, 5, 3), np.uint8), "a", None, r"no pixels: its size is \(5, 0\)"),
     (Image.new("RGB", (0, 5)), "a", None, r"no pixels: its size is \(0, 5\)")]
 BAD_TYPES = [
