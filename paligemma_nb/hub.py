@@ -144,7 +144,7 @@ def find_weights(folder: Path) -> Path:
 def read_quantization(
     config: dict, # the content of config.json
     path: Path,   # of config.json, for the message
-) -> dict | None: # the settings that `save_model` wrote for rounded weights; None: not rounded
+) -> dict | None: # the settings that save_model has written; None: not rounded
     "Raises ValueError for weights that another library has rounded."
     kinds = "quantization_config", "compression_config", "quantization"
     kind = next((key for key in kinds if config.get(key) is not None), None)
@@ -262,7 +262,7 @@ def find_folder(
 
 # %% ../nbs/13_hub.ipynb #c13a0079
 def find_processor(
-    folder: Path,                      # of the model, from `find_folder`
+    folder: Path,                      # of the model, from find_folder
     processor_path: str | Path | None, # another folder or name, for what the first one lacks
 ) -> tuple[Path, Path]: # the folders of tokenizer.json and of the picture settings
     """Raises FileNotFoundError if a part is missing in both; ValueError if the first folder

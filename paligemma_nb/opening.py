@@ -32,9 +32,9 @@ def load_model(
     model_path: str | Path | ModelFolder | None = None, # as for find_model
     *, device: torch.device | str | None = None, # None: CUDA if there is one, else the CPU
     dtype: torch.dtype | str | None = None,      # "bfloat16", torch.float32, …; None: stored
-    weights: str | None = None,               # "int8", "int4": rounded; "packed": see `pack`
-    revision: str | None = None,              # of a hub name: a branch, tag or commit
-    processor_path: str | Path | None = None, # folder or name for a tokenizer that is missing
+    weights: str | None = None,    # "int8" or "int4": rounded; "packed": laid out for answers
+    revision: str | None = None,   # of a hub name: a branch, tag or commit
+    processor_path: str | Path | None = None, # folder or name for what the first one lacks
 ) -> tuple[PaliGemmaForConditionalGeneration, PaliGemmaProcessor]: # the model is in eval mode
     """Opens a folder or a hub name, whether its weights are as published or as `quantize`
     rounds them. The model is an ordinary module, unless packing is asked for. Rounded weights
@@ -75,17 +75,17 @@ def _warn_of_slow(model):
 @dataclass
 class Answer:
     "What the model says to one prompt about one picture."
-    text: str                   # as it was written, without special tokens
+    text: str                     # as it was written, without special tokens
     detections: "list[Detection]" # what it points at, in pixels of the upright picture
-    cut_off: bool               # did it end at max_new_tokens, and not by itself?
+    cut_off: bool                 # did it end at max_new_tokens, and not by itself?
 
 # %% ../nbs/24_opening.ipynb #c24a0029
 def read_objects(
-    text: str,                 # an answer
-    size: tuple[int, int],     # width, height of the upright picture in pixels
-    token_probs: list[tuple[int, float]] | None = None, # for scores, as for `find_objects`
-    vae: "MaskVAE | None" = None, # for masks; None: the shipped one
-    cut_off: bool = False,     # then the last object may be half an object
+    text: str,                    # an answer
+    size: tuple[int, int],        # width, height of the upright picture in pixels
+    token_probs: list[tuple[int, float]] | None = None, # for scores: see find_objects
+    vae: "MaskVAE | None" = None, # decoder of masks; None: the shipped one
+    cut_off: bool = False,        # then the last object may be half an object
 ) -> "list[Detection]": # with masks where there are codes
     "The objects in an answer; of one that was cut off only those that are whole."
     if "<loc" not in text: return []
@@ -103,13 +103,13 @@ def _batches(items, n): return (items[i:i + n] for i in range(0, len(items), n))
 def answer(
     model: PaliGemmaForConditionalGeneration,
     processor: PaliGemmaProcessor,
-    images: list,               # pictures as the processor takes them, or paths
-    prompts: list[str],         # each is asked about each picture
+    images: list,                 # pictures as the processor takes them, or paths
+    prompts: list[str],           # each is asked about each picture
     vae: "MaskVAE | None" = None, # decoder of masks; None: the shipped one
-    *, batch_size: int = 8,     # rows that are answered together
-    **settings,                 # for `generate`
+    *, batch_size: int = 8,       # the most answers that are written together
+    **settings,                   # of generate
 ) -> list[Answer]: # picture by picture, each with all prompts
-    "P prompts about M pictures: P·M answers, and the vision tower runs M times."
+    "P prompts about M pictures: P·M answers. The vision tower sees each picture once."
     weight, answers = model.language_model.model.norm.weight, []
     for some in _batches(images, max(1, batch_size // max(1, len(prompts)))):
         pictures = [open_image(x) if isinstance(x, (str, Path)) else to_rgb(x) for x in some]
@@ -137,8 +137,11 @@ def _opened(folder, states): # states: a file that has changed means another mod
     return model, processor, *find_mask_vae(folder, model.config)
 
 
+def _as_list(x): return x if isinstance(x, (list, tuple)) else [x]
+
+
 def ask(
-    image,                                # a picture or its path; or a list of them
+    image,                                # a picture, or its path; or a list of them
     prompt: str | list[str],              # "caption en", "detect cat", …; or a list of them
     model_path: str | Path | None = None, # folder or hub name; None: the shipped model
     *, max_new_tokens: int = 100,         # the longest answer; a longer one is cut off
@@ -149,9 +152,7 @@ def ask(
 
     Raises what `load_model`, `open_image` and `generate` raise, and ValueError for an empty
     prompt."""
-    several = not isinstance(prompt, str) or isinstance(image, (list, tuple))
-    images = list(image) if isinstance(image, (list, tuple)) else [image]
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    images, prompts = _as_list(image), _as_list(prompt)
     for text in prompts:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"expected some text as prompt, got {text!r}")
@@ -162,4 +163,4 @@ def ask(
     answers = answer(model, processor, images, prompts, vae, max_new_tokens=max_new_tokens)
     if doubt and any("<seg" in found.text for found in answers):
         warnings.warn(doubt, stacklevel=2)
-    return answers if several else answers[0]
+    return answers if images is image or prompts is prompt else answers[0]
