@@ -83,8 +83,10 @@ def test_published_listing(gemma, sizes, scalar, parameters):
     config = config_of_shapes(shapes, "pt.npz", 257_152)
     assert npz_shapes(config) == shapes
     text = config.text_config
-    assert type(text) is gemma and getattr(text, "query_pre_attn_scalar", text.head_dim) == scalar
-    assert config.vision_config == SiglipVisionConfig(1152, 4304, 27, 16, 14, int(sizes["n"] ** .5) * 14)
+    assert type(text) is gemma
+    assert getattr(text, "query_pre_attn_scalar", text.head_dim) == scalar
+    side = int(sizes["n"] ** .5) * 14
+    assert config.vision_config == SiglipVisionConfig(1152, 4304, 27, 16, 14, side)
     assert config.image_token_index == config.text_config.vocab_size == 257_152
     ours = sum(p.numel() for p in empty_model(config).parameters())
     assert ours == parameters - 64 * sizes["C"]
