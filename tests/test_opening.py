@@ -173,7 +173,8 @@ def test_boxes_are_in_pixels_of_their_own_picture(scenes):
     model, processor = load_model(device="cpu")
     square, wide = scenes[0].image, scenes[0].image.resize((600, 75))
     prompts = [f"detect {scenes[0].objects[0].name}"]
-    a, b = (found.detections[0].box for found in answer(model, processor, [square, wide], prompts))
+    answers = answer(model, processor, [square, wide], prompts)
+    a, b = (found.detections[0].box for found in answers)
     shares = np.divide(a, 150), np.divide(b, (600, 75, 600, 75))
     assert np.abs(np.subtract(*shares)).max() < .05
 
