@@ -23,10 +23,15 @@ import fire
 
 from . import __version__
 
-# %% ../nbs/48_command.ipynb #6b066a39
+# %% ../nbs/48_command.ipynb #21622a51
 def _kinds(annotation): # the annotation, and if it is a union, the types in it
     if get_origin(annotation) in (list, Literal): return [annotation]
     return [annotation, *get_args(annotation)]
+
+
+def _words(annotation): # the choices, if it is a Literal or a union with one
+    literals = [kind for kind in _kinds(annotation) if get_origin(kind) is Literal]
+    return [word for kind in literals for word in get_args(kind)]
 
 # %% ../nbs/48_command.ipynb #e654be1f
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -41,16 +46,15 @@ _READERS = {bool: (lambda text: _BOOLS[text.lower()], "True or False"),
             int: (int, "a whole number"), float: (float, "a number"),
             str: (_text, "some text in UTF-8")}
 
-# %% ../nbs/48_command.ipynb #568bcbba
+# %% ../nbs/48_command.ipynb #f16e8507
 def convert(
     text: str,        # as it was typed
     annotation: type, # bool, int, float, a Literal, or one of them or None; all else is text
 ) -> object: # the value
     "Raises ValueError that says what was expected."
-    kinds = _kinds(annotation)
-    words = {w: w for kind in kinds if get_origin(kind) is Literal for w in get_args(kind)}
+    kinds, words = _kinds(annotation), _words(annotation)
     read, expected = next((_READERS[k] for k in kinds if k in _READERS), _READERS[str])
-    if words: read, expected = words.__getitem__, " or ".join(words)
+    if words: read, expected = dict(zip(words, words)).__getitem__, " or ".join(words)
     try: return read(text)
     except (KeyError, ValueError): pass
     raise ValueError(f"expected {expected}, got {text!r}")
@@ -100,25 +104,26 @@ def read_flags(function: Callable, argv: list[str]) -> dict: # a value for each 
     return {n: p.default for n, p in parameters.items()} | {
         n: found if list[str] in kinds[n] else found[0] for n, found in given.items()}
 
-# %% ../nbs/48_command.ipynb #974cd52c
+# %% ../nbs/48_command.ipynb #badf03b1
 def help_text(
     function: Callable,           # with comments behind its parameters
     name: str = "",               # of the command; empty: the program alone
     others: list[str] = (),       # commands to mention
 ) -> str:
-    "Its docstring, then each flag with its comment and its default."
+    "Its docstring, then each flag with its choices, its comment and its default."
     source = textwrap.dedent(inspect.getsource(function))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     behind = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     nodes = ast.walk(ast.parse(source).body[0].args)
     comments = {n.arg: behind.get(n.lineno, "") for n in nodes if isinstance(n, ast.arg)}
-    parameters = inspect.signature(function).parameters
+    parameters = inspect.signature(function, eval_str=True).parameters
     needed = [n.upper() for n, p in parameters.items() if p.default is p.empty]
     usage = ["paligemma-nb", *name.split(), *needed, "[--flag value | --flag=value] ..."]
     lines = [f"Usage: {' '.join(usage)}", "", inspect.getdoc(function), "", "Flags [default]:"]
     for n, p in parameters.items():
+        about = "; ".join(filter(None, [" or ".join(_words(p.annotation)), comments[n]]))
         default = "" if p.default in (None, p.empty) else f" [{p.default}]"
-        lines.append(f"  --{n:24}{comments[n]}{default}")
+        lines.append(f"  --{n:24}{about}{default}")
     if others: lines += ["", f"Commands, each with its own --help: {', '.join(others)}"]
     return "\n".join(lines)
 

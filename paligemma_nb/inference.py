@@ -111,7 +111,7 @@ def save_drawing(path: Path, image: Image.Image, objects: list):
 def find_pictures(
     values: list[str], # files, folders, patterns; a name that exists is no pattern
 ) -> tuple[list[str], bool]: # files; is it one picture alone: no list, folder or pattern?
-    "Raises ValueError for a folder or pattern without any. Files are not opened yet."
+    "Raises ValueError for a folder or a pattern without pictures; opens none of them."
     paths = []
     for value in values:
         where, found = "matches", [value]
@@ -159,20 +159,20 @@ def plan_drawings(
 
 # %% ../nbs/49_inference.ipynb #a3d50e20
 def answer(
-    model_path: str | None = None,            # folder or hub name; default: shipped here
+    model_path: str | None = None,            # folder or hub name; default: the shipped one
     revision: str | None = None,              # branch, tag or commit of a hub name
     processor_path: str | None = None,        # folder or hub name of a tokenizer
     prompt: str | list[str] = "caption en",   # like "detect red circle"; may be repeated
     image_file_path: list[str] | None = None, # files, folders, patterns; default: a sample
     max_tokens_to_generate: int = 100,        # longest answer, in tokens
-    temperature: float = 0.8,                 # of sampling; above 1 more varied, 0 greedy
-    top_p: float = 0.9,                       # of sampling; how much probability to draw from
+    temperature: float = 0.8,                 # with sampling: above 1 more varied, 0 greedy
+    top_p: float = 0.9,                       # with sampling: probability mass to draw from
     do_sample: bool = False,                  # draw tokens by chance, not the likeliest
     only_cpu: bool = False,                   # use the CPU even if there is a GPU
     device: str | None = None,                # cpu, cuda, cuda:1, mps; default: the best
     dtype: Literal["float32", "bfloat16", "float16"] | None = None, # default: as stored
-    quantize: Literal["int8", "int4"] | None = None, # round the weights; default: no
-    mask_vae: str | None = None,              # decoder of masks; default: the model's or ours
+    quantize: Literal["int8", "int4"] | None = None, # rounds the weights; default: no
+    mask_vae: str | None = None,              # file of a mask decoder; default: the model's
     output_image: str | None = None,          # file to draw the picture's boxes and masks in
     output_format: Literal["text", "json"] = "text", # json: one line for each answer
     batch_size: int = 8,                      # how many answers are written at a time
@@ -222,7 +222,7 @@ class Job:
 
 # %% ../nbs/49_inference.ipynb #e598b1e3
 def open_picture(path: str) -> Image.Image: # RGB and upright
-    "Raises ValueError or OSError for what is no whole picture."
+    "Raises ValueError or OSError if the file is not a whole picture."
     from paligemma_nb.processing import open_image
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of large pictures and odd metadata

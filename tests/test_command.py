@@ -172,7 +172,7 @@ Flags [default]:
   --tokens                  of an answer [100]
   --top_p                   of an answer [0.9]
   --sample                   [False]
-  --weights                 round them # first"""
+  --weights                 int8 or int4; round them # first"""
     assert help_text(work, others=["add", "sub"]).endswith(
         "\n\nCommands, each with its own --help: add, sub")
 
