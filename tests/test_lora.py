@@ -24,8 +24,7 @@ from paligemma_nb.lora import (
     merge_adapter, read_adapter_config, save_adapter, transformers_key)
 from paligemma_nb.paligemma import (
     Gemma2Config, GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration)
-from paligemma_nb.quantization import (
-    Int4Linear, Int8Linear, quantize, replace_modules)
+from paligemma_nb.quantization import Int4Linear, Int8Linear, quantize, replace_modules
 from paligemma_nb.siglip import SiglipVisionConfig
 from paligemma_nb.speed import pack
 
@@ -161,8 +160,6 @@ def test_merged_into_a_published_folder(tiny, question, tmp_path):
     model, processor = tiny
     question.pop("labels")
     expected = adapted(model)(**question).logits
-    with pytest.raises(ValueError, match="has an adapter"):
-        save_model(model, processor, tmp_path / "no")
     save_model(merge_adapter(model), processor, tmp_path / "merged")
     theirs = Theirs.from_pretrained(tmp_path / "merged", attn_implementation="eager")
     assert relative(theirs(**question).logits, expected) <= 1e-5
@@ -443,12 +440,13 @@ def test_one_adapter_at_a_time(saved):
         with pytest.raises(ValueError, match="adapter"): call(model)
 
 
-def test_rounded_weights_are_saved_without_an_adapter(tiny, tmp_path):
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_a_model_with_an_adapter_is_not_saved_whole(weights, tiny, tmp_path):
     model, processor = tiny
-    adapted(quantize(model, "int8"))
-    with pytest.raises(ValueError, match="save_adapter writes it alone"):
-        save_model(model, processor, tmp_path / "int8")
-    assert not (tmp_path / "int8").exists()
+    adapted(quantize(model, weights) if weights else model)
+    with pytest.raises(ValueError, match="has an adapter"):
+        save_model(model, processor, tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
 
 
 def test_what_save_and_merge_refuse(tiny, tmp_path):
