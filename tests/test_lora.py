@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_parity import CASES, labels_of, make_both, relative
 from torch import nn
@@ -72,6 +72,8 @@ def test_ours_opens_in_transformers(both, tmp_path, targets):
     for _ in range(2): step(ours, inputs)  # A moves in the second
     save_adapter(ours, tmp_path / "new/adapter")
     theirs = PeftModel.from_pretrained(theirs, tmp_path / "new/adapter")
+    written = load_file(tmp_path / "new/adapter" / WEIGHTS)
+    assert written.keys() == get_peft_model_state_dict(theirs).keys()  # not only understood
     got = ours(**inputs).logits
     assert relative(got, theirs(**inputs).logits) <= 1e-5 and relative(got, base) > 1e-2
 
