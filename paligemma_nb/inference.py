@@ -162,6 +162,7 @@ def answer(
     model_path: str | None = None,            # folder or hub name; default: the shipped one
     revision: str | None = None,              # branch, tag or commit of a hub name
     processor_path: str | None = None,        # folder or hub name of a tokenizer
+    adapter: str | None = None,               # folder of a low-rank change to the model
     prompt: str | list[str] = "caption en",   # like "detect red circle"; may be repeated
     image_file_path: list[str] | None = None, # files, folders, patterns; default: a sample
     max_tokens_to_generate: int = 100,        # longest answer, in tokens
@@ -244,10 +245,11 @@ def prepare(values: dict) -> Job: # the parameters of `answer`, by name
     except ValueError as error: raise ValueError(f"--output_image: {error}") from None
     from paligemma_nb.generation import generate_tokens
     from paligemma_nb import load_model, pack
-    parts = {name: values[name] for name in ("revision", "processor_path", "dtype")}
+    parts = {name: values[name] for name in ("revision", "processor_path", "dtype", "adapter")}
     parts |= dict(device="cpu" if values["only_cpu"] else values["device"])
-    model, processor = load_model(values["model_path"], **parts, weights=values["quantize"])
-    pack(model)
+    weights = values["quantize"] or "packed"
+    model, processor = load_model(values["model_path"], **parts, weights=weights)
+    if weights != "packed" and not values["adapter"]: pack(model)
     texts = processor([Image.new("RGB", (1, 1))] * len(prompts), prompts)
     settings = {name: values[name] for name in ("do_sample", "temperature", "top_p")}
     settings["max_new_tokens"] = values["max_tokens_to_generate"]

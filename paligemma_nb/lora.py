@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .checkpoint import published_key
-from .hub import find_folder, first_line, read_json, refuse_pointers, shorten
+from .hub import (
+    SHIPPED, find_folder, first_line, read_json, refuse_pointers, shorten)
 from .paligemma import PaliGemmaForConditionalGeneration
 from .quantization import Int4Linear, Int8Linear, replace_modules
 
@@ -121,7 +122,7 @@ def save_adapter(
                for name, layer in layers.items() for x, weight in _matrices(layer).items()}
     config = model.peft_config["default"].to_dict()
     config |= dict(target_modules=sorted(names.values()), inference_mode=True)
-    if base is not None and Path(base).is_dir(): base = Path(base).resolve()
+    if base is not None and base != SHIPPED and Path(base).is_dir(): base = Path(base).resolve()
     if base is not None: config["base_model_name_or_path"] = str(base)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)

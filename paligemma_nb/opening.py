@@ -18,6 +18,7 @@ from PIL import Image
 from .checkpoint import _state, load_checkpoint
 from .generation import generate, is_finished
 from .hub import MASK_VAE, ModelFolder, find_folder, find_model, needed_files
+from .lora import CONFIG, WEIGHTS, find_adapter, load_adapter, merge_adapter
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor, open_image, to_rgb
 from .quantization import int4_pays, load_quantized, quantize
@@ -35,18 +36,22 @@ def load_model(
     weights: str | None = None,    # "int8" or "int4": rounded; "packed": laid out for answers
     revision: str | None = None,   # of a hub name: a branch, tag or commit
     processor_path: str | Path | None = None, # folder or name for what the first one lacks
+    adapter: str | Path | None = None,        # folder of a low-rank change: see save_adapter
 ) -> tuple[PaliGemmaForConditionalGeneration, PaliGemmaProcessor]: # the model is in eval mode
     """Opens a folder or a hub name, whether its weights are as published or as `quantize`
     rounds them. The model is an ordinary module, unless packing is asked for. Rounded weights
-    run on the CPU; a warning says where they save no time.
+    run on the CPU; a warning says where they save no time. An adapter stands beside its layers,
+    and can learn on; packed it becomes part of the weights. Its folder may be given alone: it
+    says which model it is for.
 
     Raises FileNotFoundError where a file is missing; ValueError where one is broken or does
     not fit the others, and for a device, a dtype or weights that cannot be had."""
     if weights not in (None, "packed", "int8", "int4"):
         raise ValueError("weights: expected None, 'packed', 'int8' or 'int4', "
                          f"got {weights!r}")
-    found, small = find_model(model_path, revision, processor_path), weights in ("int8",
-                                                                                 "int4")
+    model_path, adapter = find_adapter(model_path, adapter)
+    found = find_model(model_path, revision, processor_path)
+    small = weights in ("int8", "int4")
     if found.quantization is None:
         if small and device is None: device = "cpu"
         model, processor = load_checkpoint(found, device=device, dtype=dtype)
@@ -59,7 +64,9 @@ def load_model(
             raise ValueError(f"{found.path} holds {stored} weights, not {weights}")
         model, processor = load_quantized(found)
     if hasattr(model, "quantization"): _warn_of_slow(model)
-    return pack(model) if weights == "packed" else model, processor
+    if adapter is not None: load_adapter(model, adapter)
+    if weights != "packed": return model, processor
+    return pack(model if adapter is None else merge_adapter(model)), processor
 
 # %% ../nbs/24_opening.ipynb #c24a0012
 def _warn_of_slow(model):
@@ -157,7 +164,7 @@ def ask(
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"expected some text as prompt, got {text!r}")
     folder = find_folder(model_path).resolve()
-    files = [folder / name for name in (*needed_files(folder), MASK_VAE)]
+    files = [folder / name for name in (*needed_files(folder), MASK_VAE, CONFIG, WEIGHTS)]
     states = tuple(_state(path) for path in files if path.is_file())
     model, processor, vae, doubt = _opened(folder, states)
     answers = answer(model, processor, images, prompts, vae, max_new_tokens=max_new_tokens)

@@ -169,7 +169,8 @@ def pack(
     """Lays the weights out as this processor reads them fastest, one matrix at a time, so
     that there are never two whole models in memory. What is packed can be neither trained
     nor saved, copied or moved. Only bfloat16 on the CPU gains from it: other models are
-    left as they are."""
+    left as they are. Raises ValueError for a model with an adapter."""
+    if hasattr(model, "peft_config"): raise ValueError("merge the model's adapter first")
     weight = model.language_model.model.norm.weight
     if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
         replace_modules(model.requires_grad_(False), _small)

@@ -92,7 +92,7 @@ def test_pointers_that_nobody_reads_are_no_fault(folder, tiny):
     ("pytorch_model-00001-of-00002.bin", "may run code: convert it to safetensors"),
     ("consolidated.pth", "may run code"),
     ("pt_224.npz", "is big_vision's: paligemma-nb convert"),
-    ("adapter_model.safetensors", "an adapter without its base model: merge"),
+    ("adapter_model.safetensors", "an adapter without its base model: load_model takes it"),
     ("model-00001-of-00003.safetensors", f"is in no {INDEX}: fetch that"),
     ("tf_model.h5", "for another framework"),
     ("flax_model.msgpack", "for another framework"),
