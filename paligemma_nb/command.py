@@ -17,6 +17,7 @@ import tokenize
 import warnings
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import fire
@@ -152,8 +153,9 @@ def run(
     commands: dict[str | None, Callable | str], # name -> function or "module:function"; None
                                                 # is the name of what runs without one
     argv: list[str] | None = None,              # None: the words behind the program's name
-) -> int: # exit code: what the function returns if that is a number, else 0; or 2, 130, 141
-    "Calls what a command line asks for. A mistake is one line on stderr and exit code 2."
+) -> int: # exit code: the function's, if it returns a number, else 0; or 2, 130, 141
+    """Calls what a command line asks for. A mistake is one line on stderr and exit code 2. A
+    path that the function returns is said to be written."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # closed, it would send print to stdout
     try:
         if sys.stdout is None: raise ValueError("cannot write to stdout: it is closed")
@@ -161,9 +163,10 @@ def run(
             sys.stdout.reconfigure(errors="replace")
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: say("note", message)
-            code = _call(commands, sys.argv[1:] if argv is None else argv)
+            result = _call(commands, sys.argv[1:] if argv is None else argv)
+        if isinstance(result, Path): say("written", result)
         sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        return result if isinstance(result, int) else 0
     except KeyboardInterrupt: return 130
     except (ValueError, OSError, ImportError) as error:
         try: sys.stdout and sys.stdout.flush()

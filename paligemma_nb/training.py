@@ -9,7 +9,8 @@ __all__ = ['STAGES', 'VALIDATION', 'tiny_processor', 'tiny_config', 'Recipe', 'm
 
 # %% ../nbs/31_training.ipynb #b4401bc0
 # Papers: PaliGemma, arXiv 2407.07726; Muon, arXiv 2502.16982.
-import json, math, os, time
+import json, math, os
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
