@@ -358,8 +358,8 @@ def save_model(
     ValueError as that does, if the tensors are not those of the config, and for packed
     weights."""
     if hasattr(model, "peft_config"):
-        raise ValueError("the model has an adapter: merge_adapter makes it part of the weights, "
-                         "save_adapter writes it alone")
+        raise ValueError("the model has an adapter: merge_adapter makes it part of the "
+                         "weights, save_adapter writes it alone")
     tensors, source = model.state_dict(), "the model to save"
     expected, found = _shapes(empty_model(model.config).state_dict()), _shapes(tensors)
     settings = getattr(model, "quantization", None)

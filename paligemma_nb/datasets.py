@@ -297,9 +297,9 @@ def open_dataset(
     source: str | Path | list[dict], # a file, a folder, or a sequence of dicts
     *, images: str | Path | None = None, # folder of the pictures; None: that of the file
     prompt: str | None = None,  # for rows that have no prefix of their own
-    vae: MaskVAE | None = None, # COCO: makes `segment` rows too, with the codes of this one
+    vae: MaskVAE | None = None, # COCO: makes segment rows too, with the codes of this one
     absent: int = 1,            # COCO: how many absent things to ask each picture for
-    strict: bool = True,        # False: leaves out what is faulty, and lists it in `skipped`
+    strict: bool = True,        # False: leaves out what is faulty, and lists it in .skipped
     check: bool = True,         # reads every picture once, so that a damaged one is found now
 ) -> PictureDataset:
     """Pictures, prompts and answers from: JSON lines or a JSON list with `image`, `prefix`,

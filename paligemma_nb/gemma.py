@@ -96,7 +96,8 @@ def grouped_scores(
 def masked_softmax(
     scores: Tensor,       # [b, h, t, n], overwritten where a mask hides a key
     mask: Tensor | None,  # as for grouped_attention
-) -> Tensor: # [b, h, t, n]: of each query's attention, the share that each key gets
+) -> Tensor: # [b, h, t, n]: for each query, weights of the keys that sum to 1
+    "Softmax over the keys that each query may see."
     # not -inf: a padding token may see nothing at all, and its softmax would be 0 / 0
     if mask is not None: scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1)

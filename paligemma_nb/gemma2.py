@@ -49,7 +49,8 @@ class Gemma2Config(GemmaConfig):
 def soft_cap(
     x: Tensor,          # [...]
     cap: float | None,  # None leaves x as it is
-) -> Tensor: # [...], between -cap and cap; almost x where x is far smaller than the cap
+) -> Tensor: # [...], between -cap and cap
+    "Almost x where x is far smaller than the cap."
     return x if cap is None else (x / cap).tanh_() * cap  # in place: less memory
 
 # %% ../nbs/06_gemma2.ipynb #06aa0007

@@ -122,8 +122,9 @@ def save_adapter(
                for name, layer in layers.items() for x, weight in _matrices(layer).items()}
     config = model.peft_config["default"].to_dict()
     config |= dict(target_modules=sorted(names.values()), inference_mode=True)
-    if base is not None and base != SHIPPED and Path(base).is_dir(): base = Path(base).resolve()
-    if base is not None: config["base_model_name_or_path"] = str(base)
+    if base is not None:
+        if base != SHIPPED and Path(base).is_dir(): base = Path(base).resolve()
+        config["base_model_name_or_path"] = str(base)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     config_path, weights_path = paths = folder / CONFIG, folder / WEIGHTS

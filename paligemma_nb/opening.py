@@ -38,17 +38,14 @@ def load_model(
     processor_path: str | Path | None = None, # folder or name for what the first one lacks
     adapter: str | Path | None = None,        # folder of a low-rank change: see save_adapter
 ) -> tuple[PaliGemmaForConditionalGeneration, PaliGemmaProcessor]: # the model is in eval mode
-    """Opens a folder or a hub name, whether its weights are as published or as `quantize`
-    rounds them. The model is an ordinary module, unless packing is asked for. Rounded weights
-    run on the CPU; a warning says where they save no time. An adapter stands beside its layers,
-    and can learn on; packed it becomes part of the weights. Its folder may be given alone: it
-    says which model it is for.
+    """Opens a folder or a hub name, published or rounded by `quantize`, as an ordinary module,
+    unless packing is asked for. Rounded weights run on the CPU. An adapter stands beside its
+    layers and can be trained on; packing merges it. Alone, its folder must note its base.
 
     Raises FileNotFoundError where a file is missing; ValueError where one is broken or does
     not fit the others, and for a device, a dtype or weights that cannot be had."""
     if weights not in (None, "packed", "int8", "int4"):
-        raise ValueError("weights: expected None, 'packed', 'int8' or 'int4', "
-                         f"got {weights!r}")
+        raise ValueError(f"weights: expected None, packed, int8 or int4, got {weights!r}")
     model_path, adapter = find_adapter(model_path, adapter)
     found = find_model(model_path, revision, processor_path)
     small = weights in ("int8", "int4")
@@ -138,9 +135,9 @@ def answer(
 
 # %% ../nbs/24_opening.ipynb #c24a0039
 @lru_cache(maxsize=1)
-def _opened(folder, states): # states: a file that has changed means another model
+def _opened(folder, adapter, states): # states: a changed file means another model
     from paligemma_nb.segmentation import find_mask_vae
-    model, processor = load_model(folder, weights="packed")
+    model, processor = load_model(folder, weights="packed", adapter=adapter)
     return model, processor, *find_mask_vae(folder, model.config)
 
 
@@ -150,7 +147,7 @@ def _as_list(x): return x if isinstance(x, (list, tuple)) else [x]
 def ask(
     image,                                # a picture, or its path; or a list of them
     prompt: str | list[str],              # "caption en", "detect cat", …; or a list of them
-    model_path: str | Path | None = None, # folder or hub name; None: the shipped model
+    model_path: str | Path | None = None, # as for load_model, or an adapter's folder
     *, max_new_tokens: int = 100,         # the longest answer; a longer one is cut off
 ) -> Answer | list[Answer]:
     """One answer; for a list of pictures or prompts a list, picture by picture, each with all
@@ -163,8 +160,10 @@ def ask(
     for text in prompts:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"expected some text as prompt, got {text!r}")
-    folder = find_folder(model_path).resolve()
-    files = [folder / name for name in (*needed_files(folder), MASK_VAE, CONFIG, WEIGHTS)]
+    base, adapter = find_adapter(model_path)
+    folder = find_folder(base).resolve()
+    files = [folder / name for name in (*needed_files(folder), MASK_VAE)]
+    if adapter: files += [(adapter := adapter.resolve()) / name for name in (CONFIG, WEIGHTS)]
     states = tuple(_state(path) for path in files if path.is_file())
     model, processor, vae, doubt = _opened(folder, states)
     answers = answer(model, processor, images, prompts, vae, max_new_tokens=max_new_tokens)

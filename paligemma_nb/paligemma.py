@@ -304,6 +304,17 @@ def _checkpointed(layer, *args):
     if not (layer.training and torch.is_grad_enabled()): return forward(*args)
     return checkpoint(forward, *args, use_reentrant=False)
 
+# %% ../nbs/07_paligemma.ipynb #28233f30
+_INSTEAD = {
+    "torch_dtype": "dtype=", "device_map": "device=", "streamer": "generation.stream",
+    "quantization_config": 'weights="int8" or "int4"', "num_beams": "nothing: no beam search",
+    "stopping_criteria": "stop=", "logits_processor": "logits_processors=",
+    "attn_implementation": "nothing: there is one", "low_cpu_mem_usage": "nothing: it is low"}
+
+def _check_names(names):
+    for name in names:
+        if name in _INSTEAD: raise TypeError(f"instead of {name}= write {_INSTEAD[name]}")
+
 # %% ../nbs/07_paligemma.ipynb #28233f2f
 class PreTrainedModel(nn.Module):
     "What users of transformers expect of every model, beside its forward pass."
@@ -328,6 +339,7 @@ class PreTrainedModel(nn.Module):
     def generate(self, inputs: dict | None = None, **kwargs) -> Tensor: # [b, t] new tokens
         "`generation.generate`, with the processor's tensors as a dict or by name."
         from paligemma_nb.generation import generate
+        _check_names(kwargs)
         tensors = {k: kwargs.pop(k) for k, x in [*kwargs.items()] if isinstance(x, Tensor)}
         return generate(self, dict(**(inputs or {}), **tensors), **kwargs)
 
@@ -335,6 +347,7 @@ class PreTrainedModel(nn.Module):
     def from_pretrained(cls, model_path: str | Path | None = None, **kwargs) -> nn.Module:
         "The model that `load_model` opens, without its processor. The arguments are the same."
         from paligemma_nb import load_model
+        _check_names(kwargs)
         return load_model(model_path, **kwargs)[0]
 
     def save_pretrained(self, folder: str | Path, processor=None, **kwargs):

@@ -94,7 +94,7 @@ KIND_WEIGHTS = dict(
 def sample_examples(
     scene: Scene, num: int, rng: np.random.Generator,
     kind_weights: dict[str, float] = KIND_WEIGHTS, # how often which; others are not drawn
-) -> list[Example]: # `num` examples of different kinds
+) -> list[Example]: # num of them, of different kinds
     "Raises ValueError if the scene offers fewer than `num` of these kinds."
     offered = scene_examples(scene, rng)
     examples = {kind: found for kind, found in offered.items() if kind_weights.get(kind)}

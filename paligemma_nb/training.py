@@ -93,8 +93,7 @@ class Recipe:
         if not 0 <= step < self.steps: raise ValueError(f"no step {step} among {self.steps}")
         return min((step + 1) / self.warmup_steps, 1.0, (self.steps - step) / self.decay_steps)
 
-    def rates(self, step: int) -> dict[str, float]: # learning rate of each optimizer
-        "`rate` times each one's peak."
+    def rates(self, step: int) -> dict[str, float]: # of each optimizer: rate times its peak
         return dict(muon=self.muon_lr * self.rate(step), adamw=self.adamw_lr * self.rate(step))
 
 # %% ../nbs/31_training.ipynb #0947fa5f
@@ -230,7 +229,7 @@ def train_step(
         total += loss.item()
     length = nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
     if not length.isfinite():  # if the loss is not finite, the gradient is not either
-        raise ValueError(f"step {step}: loss {total:.4g}, length of its gradient {length:.4g}; "
+        raise ValueError(f"step {step}: loss {total:.4g}, norm of its gradient {length:.4g}; "
                          "the weights are left as they were before it: try lower rates")
     for name, rate in recipe.rates(step).items():
         for group in optimizers[name].param_groups: group["lr"] = rate
@@ -289,7 +288,7 @@ def run_steps(
     folder: str | Path,     # of the run's state and history; an unfinished run is continued
     model: nn.Module,
     optimizers: dict[str, Optimizer],
-    recipe: Recipe,         # or what else `train_step` takes
+    recipe: Recipe,         # or what else train_step takes
     batches: Callable,      # number of a step -> the batches from there on, in order
     measure: Callable,      # history -> marks of the model as it is, or None
     save_every: int,        # steps
@@ -322,13 +321,13 @@ def run_steps(
 VALIDATION = HELD_OUT + 10**6  # scenes for the curves, apart from those of the final results
 
 def train(
-    folder: str | Path,        # as for `run_steps`, and so are the next two numbers
+    folder: str | Path,        # as for run_steps, and so are the next two numbers
     model: PaliGemmaForConditionalGeneration,
     processor: PaliGemmaProcessor,
     recipe: Recipe,
     save_every: int = 100, evaluate_every: int = 500,
     num_scenes: int = 64,      # for each evaluation
-) -> list[dict]: # history, see `run_steps`
+) -> list[dict]: # history, see run_steps
     "Raises ValueError if the folder holds a run of another recipe or model."
     return run_steps(
         folder, model, make_optimizers(model, recipe), recipe,

@@ -7,6 +7,7 @@ count. In place of a value it computes what is measured of it: False (nothing), 
 file's own classes, `global` names, nor containers that are changed under a second name.
 """
 import ast
+import re
 from collections import ChainMap
 from dataclasses import dataclass, field
 from functools import cache
@@ -329,7 +330,7 @@ def package_module(name):
     "The names of a module of the package; nothing is measured where nothing asks a clock"
     path, names = PACKAGE/f"{name.split('.')[-1]}.py", ChainMap()
     text = path.read_text() if name.startswith("paligemma_nb.") and path.exists() else ""
-    if "import time" in text: Interpreter().run(ast.parse(text).body, names)
+    if re.search(r"import .*\btime\b", text): Interpreter().run(ast.parse(text).body, names)
     return dict(names)
 
 

@@ -528,7 +528,7 @@ def nodes(tree, module, above=()):
 
 
 def imported(source, module):
-    "Names of the package's modules that a module imports, also by way of the package's own names"
+    "The package's modules that a module imports, also by way of the package's own names"
     homes = importlib.import_module("paligemma_nb")._HOMES
     for node in nodes(ast.parse(source), module):
         if isinstance(node, ast.Import): names = [alias.name for alias in node.names]

@@ -22,15 +22,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from paligemma_nb import generation, inference, load_model, save_model
+from paligemma_nb.attention import answer_probs
 from paligemma_nb.command import read_flags
 from paligemma_nb.detection import (
     Detection, box_iou, draw_detections, format_detections, parse_boxes)
 from paligemma_nb.gemma import GemmaConfig
-from paligemma_nb.attention import answer_probs
 from paligemma_nb.generation import generate
 from paligemma_nb.inference import (
     COMMANDS, SAMPLE, answer, answer_batch, as_json, as_table, as_words, clean_prompt,
-    find_pictures, main, prepare, print_stream, read_objects, save_drawing)
+    find_pictures, main, prepare, print_stream, save_drawing)
+from paligemma_nb.opening import read_objects
 from paligemma_nb.paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma_nb.processing import PaliGemmaProcessor, open_image, train_tokenizer
 from paligemma_nb.scenes import HELD_OUT, make_scene
