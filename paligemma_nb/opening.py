@@ -161,11 +161,11 @@ def ask(
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"expected some text as prompt, got {text!r}")
     base, adapter = find_adapter(model_path)
-    folder = find_folder(base).resolve()
+    folder, adapter = find_folder(base).resolve(), adapter and adapter.resolve()
     files = [folder / name for name in (*needed_files(folder), MASK_VAE)]
-    if adapter: files += [(adapter := adapter.resolve()) / name for name in (CONFIG, WEIGHTS)]
+    if adapter: files += [adapter / CONFIG, adapter / WEIGHTS]
     states = tuple(_state(path) for path in files if path.is_file())
-    model, processor, vae, doubt = _opened(folder, states)
+    model, processor, vae, doubt = _opened(folder, adapter, states)
     answers = answer(model, processor, images, prompts, vae, max_new_tokens=max_new_tokens)
     if doubt and any("<seg" in found.text for found in answers):
         warnings.warn(doubt, stacklevel=2)

@@ -80,7 +80,7 @@ def test_what_cannot_be_had(folders):
     small = folders/"int8"
     for wish, words in (
         (dict(weights="int2"),
-         "weights: expected None, 'packed', 'int8' or 'int4', got 'int2'"),
+         "weights: expected None, packed, int8 or int4, got 'int2'"),
         (dict(weights=""), "got ''"),
         (dict(model_path=small, dtype="float32"),
          f"{small} holds quantised weights: they run on"),
