@@ -3,6 +3,7 @@ import contextlib
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import os
 import re
@@ -28,15 +29,18 @@ from paligemma_nb.detection import (
     Detection, box_iou, draw_detections, format_detections, parse_boxes)
 from paligemma_nb.gemma import GemmaConfig
 from paligemma_nb.generation import generate
+from paligemma_nb.hub import find_folder
 from paligemma_nb.inference import (
     COMMANDS, SAMPLE, answer, answer_batch, as_json, as_table, as_words, clean_prompt,
     find_pictures, main, prepare, print_stream, save_drawing)
+from paligemma_nb.lora import save_adapter
 from paligemma_nb.opening import read_objects
 from paligemma_nb.paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma_nb.processing import PaliGemmaProcessor, open_image, train_tokenizer
 from paligemma_nb.scenes import HELD_OUT, make_scene
 from paligemma_nb.segmentation import encode_mask, load_mask_vae
 from paligemma_nb.siglip import SiglipVisionConfig
+from test_lora import adapted
 
 SCENE = make_scene(HELD_OUT + 2738)  # what SAMPLE shows
 CIRCLE = SCENE.things()["red circle"][0]
@@ -123,6 +127,34 @@ def test_answer_is_generate(command, source, tmp_path):
     ids = generate(model, processor(Image.open(picture), "caption en"), max_new_tokens=7)
     words = f"{processor.decode(ids)[0]}\n{CUT_OFF}\n"  # this model knows no end
     assert (code, err, out) == (0, OPENED, words)
+
+
+def test_an_adapter(command, fails, source, tmp_path):
+    base, mine = find_folder(None), tmp_path/"mine"
+    save_adapter(adapted(load_model(device="cpu")[0], std=.5), mine, base)
+    flags = "--only_cpu", "--max_tokens_to_generate=9"
+    before = command(*flags)[1]
+    for dtype, given in itertools.product(("float32", "bfloat16"), (
+            ("--model_path", base, "--adapter", mine), ("--adapter", mine),
+            ("--model_path", mine))):
+        code, out, _ = command(*given, *flags, "--dtype", dtype)
+        model, processor = load_model(mine, device="cpu", dtype=dtype, weights="packed")
+        ids = generate(model, processor(Image.open(SAMPLE), "caption en"), max_new_tokens=9)
+        assert code == 0 and before != out and out.startswith(processor.decode(ids)[0])
+    code, out, err = command("--model_path", mine, "--quantize=int8", *flags)
+    assert code == 0 and "weights: int8" in err and out != before
+    fails("--adapter", source, says="no adapter_config.json")
+    fails("--adapter", mine, "--revision=main", says="needs a name on the hub")
+
+
+def test_masks_of_an_adapter_are_those_of_its_base(tmp_path):
+    model, processor = load_model(device="cpu")
+    model.config.mask_vae = None
+    save_model(model, processor, tmp_path/"base")
+    np.savez(tmp_path/"base"/"vae-oid.npz",
+             **{name: x.numpy() for name, x in load_mask_vae().state_dict().items()})
+    save_adapter(adapted(model, rank=2), tmp_path/"mine", tmp_path/"base")
+    assert isinstance(job_of("--model_path", tmp_path/"mine").vae, type(load_mask_vae()))
 
 
 def test_sampling(command, source):

@@ -1,6 +1,7 @@
 "One door: every kind of folder and of weights, read once; and answers in one call."
 import ast
 import copy
+import shutil
 import subprocess
 import sys
 import warnings
@@ -14,12 +15,15 @@ import paligemma_nb
 from paligemma_nb import opening
 from paligemma_nb.checkpoint import load_checkpoint, save_model
 from paligemma_nb.generation import generate
-from paligemma_nb.hub import PICTURES, find_model
+from paligemma_nb.hub import PICTURES, SHIPPED, find_model
+from paligemma_nb.lora import load_adapter, lora_layers, merge_adapter, save_adapter
 from paligemma_nb.opening import Answer, answer, ask, load_model, read_objects
 from paligemma_nb.quantization import quantize, weights_of
 from paligemma_nb.scenes import HELD_OUT, make_scene
-from paligemma_nb.speed import can_pack
+from paligemma_nb.speed import can_pack, pack
 from test_checkpoint import edit_json, fails, same
+from test_lora import adapted
+from test_parity import relative
 
 packs = can_pack(torch.zeros(1, 1, dtype=torch.bfloat16))
 
@@ -137,6 +141,99 @@ def test_a_folder_is_read_once(folders, stored, weights):
     assert done.stdout == "1\n"  # how often config.json was opened
 
 
+# --- with an adapter
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    "A folder of an adapter for the shipped model"
+    folder = tmp_path_factory.mktemp("adapters")/"one"
+    save_adapter(adapted(load_model(device="cpu")[0], rank=2, std=.05), folder, SHIPPED)
+    return folder
+
+
+def logits(model, scenes):
+    _, processor = load_model(device="cpu")
+    inputs = processor([s.image for s in scenes], ["caption en"] * len(scenes))
+    with torch.inference_mode(): return model(**inputs.to(dtype=model.dtype)).logits
+
+
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+@pytest.mark.filterwarnings("ignore:in float32")
+def test_an_adapter_is_that_of_load_adapter(adapter, scenes, weights):
+    model, _ = load_model(device="cpu", weights=weights)
+    before = logits(model, scenes)
+    expected = logits(load_adapter(model, adapter), scenes)
+    assert relative(before, expected) > 1e-2
+    for given in (dict(adapter=adapter), dict(adapter=str(adapter)), dict(model_path=adapter)):
+        model, processor = load_model(device="cpu", weights=weights, **given)
+        assert torch.equal(logits(model, scenes), expected) and not model.training
+        assert lora_layers(model) and processor.image_size == 112
+        assert all(p.requires_grad == ("lora_" in n) for n, p in model.named_parameters())
+
+
+def test_an_adapter_finds_its_base_in_a_folder(adapter, folders, scenes, tmp_path):
+    save_adapter(load_model(folders/"None", device="cpu", adapter=adapter)[0],
+                 tmp_path/"mine", folders/"None")
+    expected = logits(load_model(folders/"None", adapter=adapter, device="cpu")[0], scenes)
+    for given in (dict(adapter=tmp_path/"mine"), dict(model_path=tmp_path/"mine")):
+        model, _ = load_model(device="cpu", **given)
+        assert model.dtype == torch.bfloat16 and torch.equal(logits(model, scenes), expected)
+
+
+def test_packing_merges_an_adapter(adapter, folders, scenes):
+    merged = merge_adapter(load_model(folders/"None", device="cpu", adapter=adapter)[0])
+    expected = pack(merged)
+    model, _ = load_model(folders/"None", device="cpu", adapter=adapter, weights="packed")
+    assert not lora_layers(model) and torch.equal(logits(model, scenes), logits(expected, scenes))
+    assert weights_of(model) == weights_of(expected)
+    with fails(ValueError, "merge the model's adapter first"):
+        pack(load_model(device="cpu", adapter=adapter)[0])
+
+
+def test_adapters_that_cannot_be_had(adapter, folders, tmp_path):
+    beside = tmp_path/"beside"
+    model, processor = load_model(device="cpu")
+    save_model(model, processor, beside)
+    for file in adapter.iterdir(): shutil.copy(file, beside)
+    for given in ((beside, None), (beside, adapter)):
+        with fails(ValueError, str(beside), "holds an adapter that was not asked for"):
+            load_model(given[0], adapter=given[1])
+    with fails(ValueError, "holds an adapter that was not asked for"):
+        ask(np.zeros((9, 9, 3), dtype=np.uint8), "caption en", beside)
+    assert lora_layers(load_model(beside, device="cpu", adapter=beside)[0])
+    with fails(FileNotFoundError, "no adapter_config.json"): load_model(adapter=tmp_path)
+    edit_json(beside/"adapter_config.json", base_model_name_or_path=str(tmp_path/"gone"))
+    (beside/"config.json").unlink()
+    for call in (lambda: load_model(beside), lambda: ask("x.png", "caption en", beside)):
+        with fails(FileNotFoundError, "is an adapter for", "name its folder, too"): call()
+
+
+def test_ask_an_adapter(adapter, scenes, tmp_path, monkeypatch):
+    model, processor = load_model(device="cpu")
+    save_model(model, processor, tmp_path/"base")
+    mine = tmp_path/"mine"
+    opened, opens = [], opening.load_model
+    def watched(*args, **how):
+        opened.append(args)
+        return opens(*args, **how)
+
+    def expected():
+        changed, _ = load_model(tmp_path/"base", device="cpu", adapter=mine)
+        return processor.decode(generate(changed, processor(scenes[0].image, "caption en"),
+                                         max_new_tokens=20))[0]
+    def told(): return ask(scenes[0].image, "caption en", mine, max_new_tokens=20).text
+    monkeypatch.setattr(opening, "load_model", watched)
+    answers = []
+    for seed in (1, 2):  # trained anew
+        save_adapter(adapted(copy.deepcopy(model), seed, std=.5), mine, tmp_path/"base")
+        answers.append(told())
+        assert told() == answers[-1] == expected() and len(opened) == seed
+    assert len({scenes[0].caption, *answers}) == 3
+    with torch.no_grad(): model.language_model.model.norm.weight.fill_(-1)
+    save_model(model, processor, tmp_path/"base")  # its base, too
+    assert told() == expected() != answers[-1] and len(opened) == 3
+
+
 # --- answers
 
 BOXES = ("<loc0100><loc0100><loc0500><loc0500> red circle ; "
@@ -218,7 +315,7 @@ def test_a_model_stays_open_until_its_folder_changes(scenes, tmp_path, monkeypat
     monkeypatch.setattr(opening, "load_model", watched)
     def caption(): return ask(scenes[0].image, "caption en", tmp_path/"mine").text
     assert caption() == caption() == scenes[0].caption
-    assert opened == [(tmp_path/"mine", dict(weights="packed"))]
+    assert opened == [(tmp_path/"mine", dict(weights="packed", adapter=None))]
     monkeypatch.chdir(tmp_path)
     ask(scenes[0].image, "caption en", "mine")  # the same folder under another name
     assert len(opened) == 1
