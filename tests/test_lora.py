@@ -18,12 +18,12 @@ from transformers import PaliGemmaForConditionalGeneration as Theirs
 
 from paligemma_nb import generate, load_model, save_model
 from paligemma_nb.checkpoint import published_key
-from paligemma_nb.gemma import GemmaEmbedding
+from paligemma_nb.gemma import GemmaConfig, GemmaEmbedding
+from paligemma_nb.gemma2 import Gemma2Config
 from paligemma_nb.lora import (
     ATTENTION, CONFIG, MLP, WEIGHTS, add_lora, find_adapter, load_adapter, lora_layers,
     merge_adapter, read_adapter_config, save_adapter, transformers_key)
-from paligemma_nb.paligemma import (
-    Gemma2Config, GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration)
+from paligemma_nb.paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma_nb.quantization import Int4Linear, Int8Linear, quantize, replace_modules
 from paligemma_nb.siglip import SiglipVisionConfig
 from paligemma_nb.speed import pack
