@@ -69,7 +69,7 @@ def _read_text(section: dict) -> GemmaConfig:
     text.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))
     return _from_section(text_class, "text_config", text)
 
-
+# %% ../nbs/07_paligemma.ipynb #4b6af97bc
 _IDS = "image_token_index", "pad_token_id", "bos_token_id", "eos_token_id"
 
 def _as_ids(name: str, value: int | list[int]) -> list[int]:
@@ -311,7 +311,7 @@ _INSTEAD = {
     "stopping_criteria": "stop=", "logits_processor": "logits_processors=",
     "attn_implementation": "nothing: there is one", "low_cpu_mem_usage": "nothing: it is low"}
 
-def _check_names(names):
+def _check_names(names): # of arguments
     for name in names:
         if name in _INSTEAD: raise TypeError(f"instead of {name}= write {_INSTEAD[name]}")
 

@@ -55,7 +55,7 @@ def to_rgb(
 # %% ../nbs/10_processing.ipynb #67738589
 class _Unclear(ValueError): "A picture's values do not say what is black and what is white."
 
-
+# %% ../nbs/10_processing.ipynb #67738589b
 def _upright(image):
     image.load()  # raises if the picture is damaged; if only its EXIF is, we ignore that
     try: return ImageOps.exif_transpose(image)
@@ -294,9 +294,8 @@ class BatchFeature(dict):
 # %% ../nbs/10_processing.ipynb #5c3a9bab
 class PaliGemmaProcessor(TextProcessor):
     """Pictures and prompts in, the model's tensors out. A row is n times `<image>`, `<bos>`,
-    the prompt, a newline and, for training, the suffix and `<eos>`. As in transformers, a
-    prompt is taken as it stands: a newline at its end makes two, blanks around it become
-    tokens. No model is trained on such prompts, so `strip()` them."""
+    the prompt, a newline and, for training, the suffix and `<eos>`. A prompt is taken as it
+    stands, as in transformers; no model is trained on blanks around it, so `strip()` it."""
     def __init__(self,
         tokenizer, # see TextProcessor
         image_size: int, # side s of the square that the vision tower sees, px
@@ -311,15 +310,16 @@ class PaliGemmaProcessor(TextProcessor):
         images: Picture | list, # see place_images, and to_rgb for each of them
         text: str | list[str], # each row's prompt; image tokens in it say where pictures go
         suffix: str | list[str] | None = None, # each row's answer, for training
+        *, return_tensors: str = "pt", padding: bool | str = True, # typed for transformers
     ) -> BatchFeature: # pixel_values [images, 3, s, s], and what left_pad gives
+        _check_form(return_tensors, padding)
         images, prompts = place_images(images, _as_list(text, "text"))
         padded = left_pad(*_encode_rows(self, prompts, suffix), self.pad_token_id)
         pixels = [image_to_tensor(image, self.image_size) for image in images]
         return BatchFeature(pixel_values=torch.stack(pixels), **padded)
 
     @classmethod
-    def from_pretrained(cls,
-        path: str | Path, # a folder, or a name on the hub
+    def from_pretrained(cls, path: str | Path, # a folder, or a name on the hub
         pictures: str | Path | None = None, # the folder of picture settings, if path has none
         revision: str | None = None, # of a name: branch, tag or commit; None: main
     ) -> "PaliGemmaProcessor":
@@ -331,13 +331,18 @@ class PaliGemmaProcessor(TextProcessor):
         _write_folder(self, Path(folder))
 
 # %% ../nbs/10_processing.ipynb #8c12ef21
+def _check_form(tensors, padding): # what users of transformers type, and what there is
+    if tensors == "pt" and padding in (True, "longest"): return
+    raise ValueError("expected return_tensors='pt' and padding=True, which pads on the left to "
+                     f"the longest row, got {tensors!r} and {padding!r}")
+
 def _as_list(x, name):
     x = [x] if isinstance(x, str) else x
     if not isinstance(x, (list, tuple)) or not all(isinstance(s, str) for s in x):
         raise TypeError(f"{name} must be a str or a list of str, got {x!r:.60}")
     return list(x)
 
-
+# %% ../nbs/10_processing.ipynb #8c12ef22
 def _encode_rows(processor, prompts, suffix): # what `left_pad` takes
     image, n = processor.image_token_id, processor.num_image_tokens
     prefixes = [[i for i in processor.encode(prompt) for _ in range(n if i == image else 1)]
@@ -355,7 +360,7 @@ _IMAGE_CONFIG = dict(  # the published settings for pictures, which image_to_ten
     do_convert_rgb=True, do_resize=True, resample=3, do_rescale=True, rescale_factor=1 / 255,
     do_normalize=True, image_mean=[.5, .5, .5], image_std=[.5, .5, .5])
 
-
+# %% ../nbs/10_processing.ipynb #c5a1b304c
 def _write_folder(processor, folder):
     "Writes tokenizer.json, tokenizer_config.json and preprocessor_config.json."
     folder.mkdir(parents=True, exist_ok=True)
@@ -382,8 +387,7 @@ def _read_folder(folder, pictures, revision):
     if not path.is_file(): raise FileNotFoundError(f"no tokenizer.json in {folder}")
     try: tokenizer = Tokenizer.from_file(str(path))
     except Exception as e: raise ValueError(f"{path} cannot be read: {e}") from None
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+    tokenizer.no_padding(), tokenizer.no_truncation()
     old, new = (pictures / name for name in PICTURES)
     path = new if new.is_file() and not old.is_file() else old
     config = read_json(path)
