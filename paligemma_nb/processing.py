@@ -333,8 +333,8 @@ class PaliGemmaProcessor(TextProcessor):
 # %% ../nbs/10_processing.ipynb #8c12ef21
 def _check_form(tensors, padding): # what users of transformers type, and what there is
     if tensors == "pt" and padding in (True, "longest"): return
-    raise ValueError("expected return_tensors='pt' and padding=True, which pads on the left to "
-                     f"the longest row, got {tensors!r} and {padding!r}")
+    raise ValueError("expected return_tensors='pt' and padding=True, which pads rows on the "
+                     f"left to the longest, got {tensors!r} and {padding!r}")
 
 def _as_list(x, name):
     x = [x] if isinstance(x, str) else x
