@@ -220,7 +220,7 @@ def test_a_crowd_is_not_asked_for_and_is_mentioned(folder):
 
 BAD_ANNOTATIONS = {
     "corners": (dict(bbox=[40, 20, 60, 40]), r"are these two corners\?"),
-    "parts of the picture": (dict(bbox=[.1, .2, .3, .4]), "parts of the picture"),
+    "fractions": (dict(bbox=[.1, .2, .3, .4]), "fractions of the picture"),
     "no area": (dict(bbox=[1, 2, 0, 4]), "is empty or leaves"),
     "negative": (dict(bbox=[9, 9, -4, 4]), "no side below 0"),
     "no box": (dict(bbox=None), "expected a box of four numbers"),
