@@ -8,20 +8,16 @@ __all__ = ['METHODS', 'FinetuneRecipe', 'default_rate', 'prepare', 'own_answers'
 
 # %% ../nbs/35_finetuning.ipynb #ft000002
 # LoRA: arXiv 2106.09685. Transfer as PaliGemma does it: 2407.07726, appendix J.
-import hashlib
-import json
-import math
-import os
-import re
+import hashlib, json, math, os, re
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import AdamW
@@ -29,40 +25,40 @@ from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
 from .checkpoint import save_model
-from .datasets import TASKS, PictureDataset, collate, open_dataset, report
+from .datasets import TASKS, PictureDataset, Row, collate, open_dataset, report
 from .detection import Detection, average_precision, box_iou, draw_detections
 from .generation import generate, is_finished
-from .hub import SHIPPED
+from .hub import SHIPPED, first_line
 from .lora import add_lora, save_adapter
 from .opening import answer, load_model, read_objects
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
 from .scenes import HELD_OUT
-from .segmentation import MaskVAE, find_objects
-from .training import (
-    batch_loss, learning_weights, make_optimizers, measure, run_steps, training_precision)
+from .segmentation import find_objects
+from paligemma_nb.training import (
+    Recipe, batch_loss, learning_weights, make_optimizers, measure, run_steps,
+    training_precision)
 
 METHODS = "lora", "frozen", "full"
 
 # %% ../nbs/35_finetuning.ipynb #ft000003
 @dataclass(frozen=True)
 class FinetuneRecipe:
-    """Everything that decides what a run does: recipe, data and model give the same weights.
-    Raises ValueError for one that could not do what it says."""
+    """Everything that decides what a run does: the same recipe, data and model give the same
+    weights. Raises ValueError for a recipe that could not do what it says."""
     method: str = "lora"           # what learns: one of METHODS
     steps: int = 150               # updates
     batch_size: int = 16           # rows in an update, replayed ones included
-    parts: int = 1                 # a batch is worked on in so many, one after the other
-    learning_rate: float | None = None # its peak; None: `default_rate`
-    warmup: float = 0.05           # share of the steps, before the cosine
-    weight_decay: float = 0.0
+    parts: int = 1                 # a batch goes through the model in so many pieces
+    learning_rate: float | None = None # the highest one; None: `default_rate`
+    warmup: float = 0.05           # share of the steps in which the rate rises to it
     max_grad_norm: float = 1.0
     rank: int = 8                  # of LoRA
-    replay: float = 0.5            # share of rows that keep what the model could do before
+    replay: float = 0.5            # share of each batch that keeps what the model could do
     seed: int = 0
     autocast: bool = True          # matrix products in bfloat16; False: as the weights are
-    muon: bool = False             # for the layers' matrices, as in `training`; not for LoRA
-    data: str = ""                 # fingerprint of the rows; `finetune` fills it in
+    muon: bool = False             # for the matrices of the layers, as in lesson 31; not LoRA
+    data: str = ""                 # fingerprint of rows and model; `finetune` fills it in
     length_power = 0.0             # a mean over all tokens, as in transformers
 
     def __post_init__(self):
@@ -72,48 +68,43 @@ class FinetuneRecipe:
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name}: expected more than 0, got {value}")
         for name in ("replay", "warmup"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a share from 0 to below 1, "
-                                 f"got {getattr(self, name)}")
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}: expected a share from 0 to below 1, got {value}")
         if self.batch_size % self.parts:
-            raise ValueError(f"batch_size {self.batch_size} is no multiple of parts {self.parts}")
+            raise ValueError(f"parts: {self.parts} do not divide batch_size {self.batch_size}")
+        if round(self.batch_size * self.replay) == self.batch_size:
+            raise ValueError(f"replay {self.replay} leaves no new row in {self.batch_size}")
 
     def rates(self, step: int) -> dict[str, float]: # learning rate of each optimizer
         if not 0 <= step < self.steps: raise ValueError(f"no step {step} among {self.steps}")
-        rise = (step + 1) / max(1, self.warmup * self.steps)
         fall = (1 + math.cos(math.pi * step / self.steps)) / 2
-        rate = self.learning_rate * min(rise, fall)
+        rate = self.learning_rate * min((step + 1) / max(1, self.warmup * self.steps), fall)
         return dict(muon=rate, adamw=rate / 2) if self.muon else dict(adamw=rate)
-
-    @property
-    def muon_lr(self) -> float: return self.learning_rate
-    @property
-    def adamw_lr(self) -> float: return self.learning_rate / 2
 
 # %% ../nbs/35_finetuning.ipynb #ft000004
 def default_rate(model: PaliGemmaForConditionalGeneration, recipe: FinetuneRecipe) -> float:
-    """A learning rate to begin with: for adapters it falls with the root of the width, for all
-    weights with the width, to PaliGemma's own 1e-5 at 2,048."""
+    """A learning rate to begin with. For adapters it falls with the root of the model's width;
+    for all weights with the width itself, to PaliGemma's own 1e-5 at 2,048."""
     width = model.config.text_config.hidden_size
     if recipe.muon: return 1e-3
     return 7e-3 * width ** -0.5 if recipe.method == "lora" else 0.02 / width
 
 # %% ../nbs/35_finetuning.ipynb #ft000005
-def prepare(
-    model: PaliGemmaForConditionalGeneration, # changed in place
-    recipe: FinetuneRecipe,
-) -> PaliGemmaForConditionalGeneration: # the same
+def prepare(model: PaliGemmaForConditionalGeneration, recipe: FinetuneRecipe) -> nn.Module:
     """Chooses what learns: adapters alone ("lora"), the projector and the decoder's layers
-    ("frozen": vision tower and embeddings stay) or everything ("full").
+    ("frozen": the vision tower and the embeddings stay) or everything ("full"). Changes the
+    model in place, and returns it.
 
-    Raises ValueError for weights that cannot: packed or rounded ones, and any but float32
-    unless adapters learn: a small step would round to nothing."""
+    Raises ValueError for packed weights and for a model with an adapter; for "frozen" and
+    "full" also if weights are not float32: a small step would be rounded away."""
     if recipe.method == "lora":
         torch.manual_seed(recipe.seed)
         return add_lora(model, recipe.rank)
-    if found := sorted({str(p.dtype) for p in model.parameters()} - {"torch.float32"}):
-        raise ValueError(f"method {recipe.method} needs all weights in float32, got "
-                         f"{', '.join(found)}: load the model with dtype='float32'")
+    q_proj = model.language_model.model.layers[0].self_attn.q_proj
+    dtypes = {p.dtype for p in model.parameters()}
+    if type(q_proj) is not nn.Linear or dtypes != {torch.float32}:
+        raise ValueError(f"method {recipe.method} needs ordinary weights: open the model with "
+                         "dtype='float32', without an adapter, neither packed nor rounded")
     model.requires_grad_(True)
     if recipe.method == "frozen":
         for part in (model.vision_tower, model.language_model.model.embed_tokens):
@@ -127,59 +118,57 @@ def own_answers(
     dataset: PictureDataset,
     prompts: tuple[str, ...] = ("caption en",),
     most: int = 256,                          # pictures, the first ones
-) -> list[dict]: # image, prefix, suffix: rows for `open_dataset`
-    "What the model says today, to be practised beside the new: else it forgets how to."
+) -> PictureDataset: # these pictures with these prompts
+    """What the model says today, to be practised beside the new rows, so that it is not
+    forgotten. Answers that are empty or cut off are left out."""
     first = {row.picture: i for i, row in reversed([*enumerate(dataset.rows)])}
-    pictures = [dataset[i][0] for i in sorted(first.values())[:most]]
-    answers = answer(model, processor, pictures, list(prompts))
-    asked = [(picture, prompt) for picture in pictures for prompt in prompts]
-    return [dict(image=picture, prefix=prompt, suffix=found.text)
-            for (picture, prompt), found in zip(asked, answers)
-            if found.text.strip() and not found.cut_off]
+    chosen, rows = sorted(first.values())[:most], []
+    for start in tqdm(range(0, len(chosen), 16), desc="own answers", leave=False):
+        some = chosen[start:start + 16]
+        asked = [(dataset.rows[i], prompt) for i in some for prompt in prompts]
+        found = answer(model, processor, [dataset[i][0] for i in some], list(prompts))
+        rows += [Row(row.picture, prompt, own.text.strip(), row.place, row.size)
+                 for (row, prompt), own in zip(asked, found)
+                 if own.text.strip() and not own.cut_off]
+    return PictureDataset(rows, dataset.source)
 
 # %% ../nbs/35_finetuning.ipynb #ft000007
-def batch_rows(
-    recipe: FinetuneRecipe,
-    rows: int,     # of the new data
-    replayed: int, # rows behind them that keep the old
-) -> list[list[int]]: # of each step, the indices of its rows
-    "Every row once before any comes again, in an order that the seed decides."
+def batch_rows(recipe: FinetuneRecipe, rows: int, replayed: int) -> list[list[int]]:
+    """For each step the indices of its rows: from 0 those of the new data, behind them the
+    replayed ones. Each comes once before any comes again; the seed decides the order."""
     def order(n, stream): # for ever
-        for epoch in count():
-            yield from np.random.default_rng([recipe.seed, stream, epoch]).permutation(n)
+        rng = np.random.default_rng([recipe.seed, stream])
+        while True: yield from rng.permutation(n).tolist()
     old = round(recipe.batch_size * recipe.replay) if replayed else 0
     new, kept = order(rows, 0), order(replayed, 1)
-    return [[int(next(new)) for _ in range(recipe.batch_size - old)]
-            + [rows + int(next(kept)) for _ in range(old)] for _ in range(recipe.steps)]
+    return [[next(new) for _ in range(recipe.batch_size - old)]
+            + [rows + next(kept) for _ in range(old)] for _ in range(recipe.steps)]
 
 # %% ../nbs/35_finetuning.ipynb #ft000008
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-
 def normalized(text: str) -> str: # lower case, without punctuation, articles, double blanks
     "The form in which the marks for VQA compare short answers (arXiv 1505.00468)."
-    words = re.sub(r"[^\w\s]", "", text.lower())
-    return " ".join(_ARTICLES.sub(" ", words).split())
+    words = re.sub(r"[^\w\s]", "", text.lower()).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 # %% ../nbs/35_finetuning.ipynb #ft000009
 @dataclass(frozen=True)
 class Judged:
-    "What the model wrote to one row, beside what it should have written."
+    "What the model wrote for one row, beside what it should have written."
     index: int                # of the row
     prefix: str
     suffix: str               # the truth
-    text: str                 # the model's
+    text: str                 # the model's answer
     size: tuple[int, int]     # of the picture, width and height in pixels
-    found: list[Detection]    # in the text, with masks where there are codes
+    found: list[Detection]    # in the answer, with masks where there are codes
     true: list[Detection]     # in the truth
-    cut_off: bool
+    cut_off: bool             # the answer did not end by itself
 
     @property
     def kind(self) -> str: return self.prefix.split()[0] # "detect", "caption", "answer", …
 
     @property
-    def iou(self) -> float: # mean over the true objects of their best; 1: rightly none
-        if not self.true: return float(not self.found)
-        if not self.found: return 0.0
+    def iou(self) -> float: # mean over the true objects of the best box; 1 if rightly none
+        if not self.true or not self.found: return float(len(self.true) == len(self.found))
         boxes = [[d.box for d in some] for some in (self.found, self.true)]
         return float(box_iou(*boxes).max(axis=0).mean())
 
@@ -197,9 +186,9 @@ def _precision(judged, masks=False): # COCO's, at IoU 0.5 and the mean over 0.5 
 
 # %% ../nbs/35_finetuning.ipynb #ft000011
 def marks_of(judged: list[Judged]) -> dict[str, dict[str, float]]: # kind -> name -> mark
-    """For each kind of prompt the share that is exactly right; boxes by COCO's average
-    precision and mean IoU, masks likewise; words as VQA compares them, captions also by chrF
-    (sacrebleu). Average precision needs pycocotools."""
+    """For each kind of prompt the share that is exactly right. Boxes and masks also by COCO's
+    average precision (which needs pycocotools) and mean IoU; words as VQA compares them,
+    captions also by chrF (which needs sacrebleu)."""
     marks = {}
     for kind in sorted({j.kind for j in judged}):
         some = [j for j in judged if j.kind == kind]
@@ -211,144 +200,127 @@ def marks_of(judged: list[Judged]) -> dict[str, dict[str, float]]: # kind -> nam
             if any(j.true for j in some): found["ap50"], found["ap"] = _precision(some)
             if kind == "segment" and any(j.true for j in some):
                 found["mask_ap50"], found["mask_ap"] = _precision(some, masks=True)
-        else:
-            found["vqa"] = float(np.mean([j.mark for j in some]))
+        else: found["vqa"] = float(np.mean([j.mark for j in some]))
         if kind in ("caption", "cap", "describe"):
             import sacrebleu
-            found["chrf"] = sacrebleu.corpus_chrf(
-                [j.text for j in some], [[j.suffix for j in some]]).score / 100
+            texts, truths = [j.text for j in some], [j.suffix for j in some]
+            found["chrf"] = sacrebleu.corpus_chrf(texts, [truths]).score / 100
     return marks
 
 # %% ../nbs/35_finetuning.ipynb #ft000012
 @torch.no_grad()
 def measure_rows(
-    model: PaliGemmaForConditionalGeneration,
-    processor: PaliGemmaProcessor,
-    dataset: PictureDataset,
-    vae: MaskVAE | None = None,   # decoder of masks; None: the shipped one
-    *, batch_size: int = 16,
-    max_new_tokens: int = 100,
+    model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor,
+    dataset: PictureDataset, *, batch_size: int = 16, max_new_tokens: int = 100,
     autocast: bool = False,       # as the training did, for the loss
 ) -> tuple[dict[str, dict[str, float]], list[Judged]]: # marks by kind of prompt; each row
-    "Greedy answers to all rows, and the mean loss of a token of the true ones (`all`, `loss`)."
+    """Greedy answers to all rows, marked by `marks_of`. Under "all" stand the mean mark, and
+    the mean loss of a token of the true answers."""
     training, judged, cost, tokens = model.training, [], 0.0, 0
     model.eval()
     order = sorted(range(len(dataset)), key=lambda i: len(dataset.rows[i].suffix))
     for start in tqdm(range(0, len(order), batch_size), desc="measure", leave=False):
         part = order[start:start + batch_size]
         rows = [dataset[i] for i in part]
-        images, prompts, truths = map(list, zip(*rows))
-        batch = collate(processor, rows)
+        batch = collate(processor, rows).to(model.device)
         n = int((batch["labels"] != -100).sum())
         with training_precision(model.device.type, autocast):
-            cost += n * float(batch_loss(model, batch.to(model.device)))
-        tokens += n
+            cost, tokens = cost + n * float(batch_loss(model, batch)), tokens + n
+        images, prompts, _ = map(list, zip(*rows))
         inputs = processor(images, prompts).to(model.device)
         ids = generate(model, inputs, max_new_tokens=max_new_tokens)
-        ends = is_finished(ids, model.config).tolist()
-        for i, (image, prompt, truth), text, end in zip(part, rows, processor.decode(ids), ends):
-            found = read_objects(text, image.size, vae=vae, cut_off=not end)
-            true = find_objects(truth, image.size, vae=vae)
-            judged.append(Judged(i, prompt, truth, text, image.size, found, true, not end))
+        cut = (~is_finished(ids, model.config)).tolist()
+        for i, (image, prompt, truth), text, c in zip(part, rows, processor.decode(ids), cut):
+            size = image.size
+            found, true = read_objects(text, size, cut_off=c), find_objects(truth, size)
+            judged.append(Judged(i, prompt, truth, text, size, found, true, c))
     model.train(training)
-    marks = marks_of(judged)
-    marks["all"] = dict(rows=len(judged), mark=float(np.mean([j.mark for j in judged])),
-                        loss=cost / tokens)
+    marks, mark = marks_of(judged), float(np.mean([j.mark for j in judged]))
+    marks |= dict(all=dict(rows=len(judged), mark=mark, loss=cost / tokens))
     return marks, sorted(judged, key=lambda j: j.index)
 
 # %% ../nbs/35_finetuning.ipynb #ft000013
-def _digest(datasets): # of all texts, in their order
-    text = json.dumps([[row[1:3] for row in d.rows] for d in datasets if d])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-# %% ../nbs/35_finetuning.ipynb #ft000014
-def _optimizers(model, recipe):
-    if recipe.muon: return make_optimizers(model, recipe)
-    weights = learning_weights(model).values()
-    return dict(adamw=AdamW(weights, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)))
-
-# %% ../nbs/35_finetuning.ipynb #ft000015
-def _save_best(path, model): # the weights that learn; aside, then renamed
-    tensors = {n: p.detach().contiguous() for n, p in learning_weights(model).items()}
-    save_file(tensors, aside := path.with_suffix(".partial"))
-    os.replace(aside, path)
+def _fingerprint(model, datasets): # of texts, pictures and some numbers of every tensor
+    found = hashlib.sha256()
+    for d in filter(None, datasets):
+        for row in d.rows: found.update(json.dumps(row[1:3]).encode() + d.fingerprint(row))
+        found.update(b"next")
+    for name, x in sorted(model.state_dict().items()):
+        found.update(name.encode() + x.flatten()[:64].float().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 # %% ../nbs/35_finetuning.ipynb #ft000016
-def _rank(marks): # of an evaluation: the higher the better
-    return marks["all"]["mark"], -marks["all"]["loss"]
+def _rank(row): # of an evaluation in the history: the higher the better
+    return row["marks"]["all"]["mark"], -row["marks"]["all"]["loss"]
 
 # %% ../nbs/35_finetuning.ipynb #ft000017
 def finetune(
     model: PaliGemmaForConditionalGeneration, # changed in place
     processor: PaliGemmaProcessor,
     train: PictureDataset,
-    valid: PictureDataset | None,   # None: the last weights are taken, unseen
-    folder: str | Path,             # state and history of the run; found there, it goes on
+    valid: PictureDataset | None,   # at most 256 of its rows are asked; None: no marks
+    folder: str | Path,             # state and history of the run; an unfinished one goes on
     recipe: FinetuneRecipe,
-    *, prompts: tuple[str, ...] = ("caption en",), # the old, for `own_answers`
+    *, prompts: tuple[str, ...] = ("caption en",), # what is to be kept, for `own_answers`
     evaluate_every: int = 25,       # steps; saves as well
-    patience: int = 5,              # evaluations without a better one, before it stops early
+    patience: int = 5,              # it stops after so many evaluations without a better one
     workers: int = 0,               # processes that read pictures
+    checkpointing: bool = False,    # of activations: less memory, about a third more time
 ) -> list[dict]: # as of `run_steps`, with the marks of `measure_rows`
-    """Teaches the model the rows of `train`, and some of its own answers beside them. At the end
-    it has the weights of the best evaluation (by mark, then by loss).
+    """Teaches the model the rows of `train`, and beside them some of its own answers. At the
+    end it has the weights of the best evaluation (by mark, then by loss), or without `valid`
+    the last ones. Raises what `prepare` raises, and ValueError for a folder that holds a run
+    of another recipe, model or data."""
+    folder, datasets = Path(folder), [train]
+    if valid: valid = PictureDataset(valid.rows[::-(-len(valid) // 256)], valid.source)
+    if recipe.replay and (old := own_answers(model, processor, train, prompts)).rows:
+        datasets.append(old)
+    recipe = replace(recipe, learning_rate=recipe.learning_rate or default_rate(model, recipe),
+                     data=_fingerprint(model, [*datasets, valid]))
+    prepare(model, recipe).train()
+    weights = learning_weights(model)
+    optimizers = dict(adamw=AdamW(weights.values(), weight_decay=0.0, betas=(0.9, 0.98)))
+    if recipe.muon: optimizers = make_optimizers(model, Recipe())  # it sets the rates anew
+    if checkpointing: model.gradient_checkpointing_enable()
+    plan = batch_rows(recipe, len(train), sum(map(len, datasets[1:])))
 
-    Raises ValueError for a folder with the run of another recipe, model or data, and what
-    `prepare` raises."""
-    folder, parts = Path(folder), [train]
-    folder.mkdir(parents=True, exist_ok=True)
-    if recipe.learning_rate is None:
-        recipe = replace(recipe, learning_rate=default_rate(model, recipe))
-    if recipe.replay:
-        if rows := own_answers(model, processor, train, prompts): parts.append(open_dataset(rows))
-    recipe = replace(recipe, data=_digest([*parts, valid]))
-    prepare(model, recipe)
-    plan = batch_rows(recipe, len(train), len(parts[1]) if parts[1:] else 0)
-    n = recipe.batch_size // recipe.parts
-
-    def batches(first): # of each step from there on, in parts
-        rows = [step[i:i + n] for step in plan[first:] for i in range(0, len(step), n)]
-        loader = iter(DataLoader(ConcatDataset(parts), batch_sampler=rows, num_workers=workers,
-                                 collate_fn=partial(collate, processor)))
+    def batches(first): # for each step from there on, its parts
+        rows = [step[i::recipe.parts] for step in plan[first:] for i in range(recipe.parts)]
+        loader = iter(DataLoader(ConcatDataset(datasets), batch_sampler=rows,
+                                 num_workers=workers, collate_fn=partial(collate, processor)))
         return ([next(loader) for _ in range(recipe.parts)] for _ in plan[first:])
+    best, aside = folder / "best.safetensors", folder / "best.partial"
 
-    best = folder / "best.safetensors"
-    def measure(history): # before the state is saved: a kill in between repeats it
+    def evaluate(history): # before the state is saved: after a kill in between it is repeated
+        if valid is None: return None
         marks = measure_rows(model, processor, valid, autocast=recipe.autocast)[0]
-        if all(_rank(marks) > _rank(row["marks"]) for row in history):
-            _save_best(best, model)
+        if all(_rank(dict(marks=marks)) > _rank(row) for row in history):
+            save_file({n: p.detach().contiguous() for n, p in weights.items()}, aside)
+            os.replace(aside, best)
         return marks
 
     def is_done(history):
-        ranks = [_rank(row["marks"]) for row in history if row["marks"]]
+        ranks = [_rank(row) for row in history if row["marks"]]
         return bool(ranks) and len(ranks) - 1 - ranks.index(max(ranks)) >= patience
 
-    history = run_steps(folder, model, _optimizers(model, recipe), recipe, batches,
-                        measure if valid else lambda history: None, evaluate_every,
+    history = run_steps(folder, model, optimizers, recipe, batches, evaluate, evaluate_every,
                         evaluate_every, is_done)
     if valid: model.load_state_dict(load_file(best), strict=False)
+    model.eval()
     return history
 
 # %% ../nbs/35_finetuning.ipynb #ft000018
-def worst_sheet(
-    judged: list[Judged],
-    dataset: PictureDataset,
-    most: int = 12,
-    side: int = 224, # px of each picture
-) -> Image.Image:
-    "The rows with the lowest marks: what the model found, its answer, the truth below."
-    rows = sorted(judged, key=lambda j: j.mark)[:most]
-    columns = min(4, len(rows))
-    lines = -(-len(rows) // columns)
-    sheet = Image.new("RGB", (columns * (side + 8), lines * (side + 60)), "white")
+def worst_sheet(judged: list[Judged], dataset: PictureDataset) -> Image.Image:
+    "The twelve rows with the lowest marks: what was found; below it the answer and the truth."
+    rows, side = sorted(judged, key=lambda j: j.mark)[:12], 224
+    sheet = Image.new("RGB", (4 * (side + 8), -(-len(rows) // 4) * (side + 60)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, j in enumerate(rows):
-        x, y = i % columns * (side + 8) + 4, i // columns * (side + 60) + 4
+        x, y = i % 4 * (side + 8) + 4, i // 4 * (side + 60) + 4
         sheet.paste(draw_detections(dataset[j.index][0], j.found).resize((side, side)), (x, y))
-        said, true = (re.sub(r"<(?:loc|seg)\d+>", "", text).strip() or "nothing"
-                      for text in (j.text, j.suffix))
-        for k, line in enumerate((j.prefix, f"said: {said}", f"true: {true}")):
-            pen.text((x, y + side + 2 + 16 * k), line[:side // 6], fill="black")
+        words = j.prefix, f"said: {j.text}", f"true: {j.suffix}"
+        text = [re.sub(r"<(?:loc|seg)\d+>", "", line)[:side // 6] for line in words]
+        pen.text((x, y + side + 2), "\n".join(text), fill="black")
     return sheet
 
 # %% ../nbs/35_finetuning.ipynb #ft000019
@@ -363,37 +335,47 @@ def table(marks: dict[str, dict[str, float]]) -> str:
 # %% ../nbs/35_finetuning.ipynb #ft000020
 def finetune_files(
     data: str,                     # JSON lines, COCO, a folder: see open_dataset
-    output_path: str,              # of the result; the run's state is beside it, in NAME.run
-    valid: str | None = None,      # the same for rows that it never learns; default: none
+    output_path: str,              # of the result; what a stopped run needs is in NAME.run
+    valid: str | None = None,      # the same, for rows that it never learns; default: none
     model_path: str | None = None, # folder or hub name; default: the shipped model
     method: Literal["lora", "frozen", "full"] = "lora", # what learns
-    steps: int = 150,              # updates
+    steps: int | None = None,      # updates; default: each row once, but at least 150
     batch_size: int = 16,          # rows in an update
+    parts: int = 1,                # a batch goes through the model in so many pieces
     learning_rate: float | None = None, # default: by the method and the model's width
     rank: int = 8,                 # of LoRA
-    replay: float = 0.5,           # share of rows that keep what the model could do before
+    replay: float = 0.5,           # share of each batch that keeps what the model could do
     weights: Literal["int8", "int4"] | None = None, # rounds what LoRA stands beside
     images: str | None = None,     # folder of the pictures; default: beside the data
     prompt: str | None = None,     # for rows without a prefix
     seed: int = 0,                 # another one gives another order and another start
+    workers: int = 0,              # processes that read pictures
+    checkpointing: bool = False,   # less memory, about a third more time
 ) -> Path:
     "Teaches a model your pictures. Stopped at any moment, it continues when called again."
-    recipe = FinetuneRecipe(method, steps, batch_size, learning_rate=learning_rate, rank=rank,
-                            replay=replay, seed=seed)
-    output = Path(output_path)
-    open_rows = partial(open_dataset, images=images, prompt=prompt)
-    rows, unseen = open_rows(data), open_rows(valid) if valid else None
-    if weights and method != "lora": raise ValueError(f"method {method} takes no rounded weights")
-    dtype = None if method == "lora" else "float32"
+    recipe = FinetuneRecipe(method, 150 if steps is None else steps, batch_size, parts,
+                            learning_rate, rank=rank, replay=replay, seed=seed)
+    output, lora = Path(output_path), method == "lora"
+    if weights and not lora: raise ValueError(f"method {method} takes no rounded weights")
+    if output.is_file() or lora and (output / "config.json").exists():
+        raise ValueError(f"{output} is a file or a model: the result needs its own folder")
+    rows, unseen = (name and open_dataset(name, images=images, prompt=prompt)
+                    for name in (data, valid))
+    once = -(-len(rows) // (batch_size - round(batch_size * replay)))  # steps
+    if steps is None: recipe = replace(recipe, steps=max(150, once))
+    dtype = None if lora else "float32"
     model, processor = load_model(model_path, weights=weights, dtype=dtype)
     print(report(rows, processor, unseen))
-    run = output.with_name(f"{output.name}.run")
-    history = finetune(model, processor, rows, unseen, run, recipe)
-    if method == "lora": save_adapter(model, output, base=model_path or SHIPPED)
-    else: save_model(model, processor, output)
-    best = max((row for row in history if row["marks"]), default=None,
-               key=lambda row: _rank(row["marks"]))
-    if best: print(f"step {best['step']}:\n{table(best['marks'])}")
+    try:
+        history = finetune(model, processor, rows, unseen, f"{output}.run", recipe,
+                           evaluate_every=max(25, recipe.steps // 20), workers=workers,
+                           checkpointing=checkpointing)
+        if lora: save_adapter(model, output, base=model_path or SHIPPED)
+        else: save_model(model, processor, output)
+    except SafetensorError as e: raise OSError(f"{output} is not written: {first_line(e)}")
+    if unseen:
+        best = max(history, key=_rank)
+        print(f"best after {best['step']} steps:\n{table(best['marks'])}")
     print(f'ask it: paligemma-nb --model_path {output} --image_file_path PICTURE '
           f'--prompt "{rows.rows[0].prefix}"')
     return output
@@ -406,9 +388,9 @@ def evaluate_files(
     prompt: str | None = None,     # for rows without a prefix
     sheet: str | None = None,      # file for a picture of the worst rows; default: none
     num_scenes: int = 1_000,       # without data: how many scenes
-    first_seed: int = HELD_OUT,    # without data: from which one on
+    first_seed: int = HELD_OUT,    # without data: the first one
 ):
-    "Marks a model on rows that it should answer, or on the course's scenes."
+    "Marks a model's answers to your rows, or to questions about the course's scenes."
     if data is None: return measure(model_path, num_scenes, first_seed)
     dataset = open_dataset(data, images=images, prompt=prompt)
     model, processor = load_model(model_path)

@@ -337,7 +337,8 @@ def _written(job, path, prompt, answer, objects, cut_off): # what is printed of 
 
 # %% ../nbs/49_inference.ipynb #39fae27c
 COMMANDS = {  # name -> function, or where it is; None: what runs without a name
-    None: answer, "train": "training:train_tiny", "evaluate": "finetuning:evaluate_files", "finetune": "finetuning:finetune_files",
+    None: answer, "train": "training:train_tiny",
+    "finetune": "finetuning:finetune_files", "evaluate": "finetuning:evaluate_files",
     "quantize": "quantization:write_quantized", "convert": "big_vision:convert_npz",
     "train-masks": "mask_training:train_mask_vae",
     "evaluate-masks": "mask_training:measure_mask_vae"}
