@@ -67,13 +67,12 @@ class FinetuneRecipe:
         for name in ("steps", "batch_size", "parts", "rank", "learning_rate"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name}: expected more than 0, got {value}")
-        for name in ("replay", "warmup"):
-            if not 0 <= (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name}: expected a share from 0 to below 1, got {value}")
-        if self.batch_size % self.parts:
-            raise ValueError(f"parts: {self.parts} do not divide batch_size {self.batch_size}")
-        if round(self.batch_size * self.replay) == self.batch_size:
-            raise ValueError(f"replay {self.replay} leaves no new row in {self.batch_size}")
+        if not 0 <= self.replay < 1:
+            raise ValueError(f"replay: expected a share from 0 to below 1, got {self.replay}")
+        new = self.batch_size - round(self.batch_size * self.replay)
+        if not new or self.batch_size % self.parts:
+            raise ValueError(f"batch_size: {self.batch_size} rows, {new} of them new, do not "
+                             f"make {self.parts} parts")
 
     def rates(self, step: int) -> dict[str, float]: # learning rate of each optimizer
         if not 0 <= step < self.steps: raise ValueError(f"no step {step} among {self.steps}")
@@ -83,8 +82,7 @@ class FinetuneRecipe:
 
 # %% ../nbs/35_finetuning.ipynb #ft000004
 def default_rate(model: PaliGemmaForConditionalGeneration, recipe: FinetuneRecipe) -> float:
-    """A learning rate to begin with. For adapters it falls with the root of the model's width;
-    for all weights with the width itself, to PaliGemma's own 1e-5 at 2,048."""
+    "To begin with: it falls with the model's width, to PaliGemma's own 1e-5 at 2,048."
     width = model.config.text_config.hidden_size
     if recipe.muon: return 1e-3
     return 7e-3 * width ** -0.5 if recipe.method == "lora" else 0.02 / width
@@ -113,12 +111,9 @@ def prepare(model: PaliGemmaForConditionalGeneration, recipe: FinetuneRecipe) ->
 
 # %% ../nbs/35_finetuning.ipynb #ft000006
 def own_answers(
-    model: PaliGemmaForConditionalGeneration, # before it learns anything
-    processor: PaliGemmaProcessor,
-    dataset: PictureDataset,
-    prompts: tuple[str, ...] = ("caption en",),
-    most: int = 256,                          # pictures, the first ones
-) -> PictureDataset: # these pictures with these prompts
+    model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor,
+    dataset: PictureDataset, prompts: tuple[str, ...] = ("caption en",), most: int = 256,
+) -> PictureDataset: # the first most pictures, each with these prompts
     """What the model says today, to be practised beside the new rows, so that it is not
     forgotten. Answers that are empty or cut off are left out."""
     first = {row.picture: i for i, row in reversed([*enumerate(dataset.rows)])}
@@ -253,58 +248,61 @@ def _fingerprint(model, datasets): # of texts, pictures and some numbers of ever
 def _rank(row): # of an evaluation in the history: the higher the better
     return row["marks"]["all"]["mark"], -row["marks"]["all"]["loss"]
 
+def _is_done(patience, history):
+    ranks = [_rank(row) for row in history if row["marks"]]
+    return bool(ranks) and len(ranks) - 1 - ranks.index(max(ranks)) >= patience
+
+# %% ../nbs/35_finetuning.ipynb #ft000022
+def _optimizers(model, recipe):
+    if recipe.muon: return make_optimizers(model, Recipe())  # whose rates are set anew
+    weights = learning_weights(model).values()
+    return dict(adamw=AdamW(weights, weight_decay=0.0, betas=(0.9, 0.98)))
+
+def _batches(processor, recipe, datasets, workers, first): # each step's parts
+    plan = batch_rows(recipe, len(datasets[0]), sum(map(len, datasets[1:])))[first:]
+    rows = [step[i::recipe.parts] for step in plan for i in range(recipe.parts)]
+    loader = iter(DataLoader(ConcatDataset(datasets), batch_sampler=rows, num_workers=workers,
+                             collate_fn=partial(collate, processor)))
+    return ([next(loader) for _ in range(recipe.parts)] for _ in plan)
+
+def _evaluate(model, processor, valid, recipe, best, history): # keeps the best weights
+    if valid is None: return None
+    marks = measure_rows(model, processor, valid, autocast=recipe.autocast)[0]
+    if all(_rank(dict(marks=marks)) > _rank(row) for row in history):
+        weights = {n: p.detach().contiguous() for n, p in learning_weights(model).items()}
+        save_file(weights, aside := best.with_suffix(".partial"))
+        os.replace(aside, best)  # before the state: after a kill in between it is repeated
+    return marks
+
 # %% ../nbs/35_finetuning.ipynb #ft000017
 def finetune(
     model: PaliGemmaForConditionalGeneration, # changed in place
-    processor: PaliGemmaProcessor,
-    train: PictureDataset,
+    processor: PaliGemmaProcessor, train: PictureDataset,
     valid: PictureDataset | None,   # at most 256 of its rows are asked; None: no marks
     folder: str | Path,             # state and history of the run; an unfinished one goes on
     recipe: FinetuneRecipe,
-    *, prompts: tuple[str, ...] = ("caption en",), # what is to be kept, for `own_answers`
+    *, prompts: tuple[str, ...] = ("caption en",), # what is to be kept
     evaluate_every: int = 25,       # steps; saves as well
     patience: int = 5,              # it stops after so many evaluations without a better one
     workers: int = 0,               # processes that read pictures
     checkpointing: bool = False,    # of activations: less memory, about a third more time
-) -> list[dict]: # as of `run_steps`, with the marks of `measure_rows`
-    """Teaches the model the rows of `train`, and beside them some of its own answers. At the
-    end it has the weights of the best evaluation (by mark, then by loss), or without `valid`
-    the last ones. Raises what `prepare` raises, and ValueError for a folder that holds a run
-    of another recipe, model or data."""
-    folder, datasets = Path(folder), [train]
+) -> list[dict]: # as of run_steps, with the marks of measure_rows
+    """Teaches the model the rows of `train`, and beside them some of its own answers. It ends
+    with the weights of the best evaluation (by mark, then by loss), else with the last ones.
+    Raises what `prepare` raises, and ValueError for the folder of another run."""
+    datasets, best = [train], Path(folder) / "best.safetensors"
     if valid: valid = PictureDataset(valid.rows[::-(-len(valid) // 256)], valid.source)
     if recipe.replay and (old := own_answers(model, processor, train, prompts)).rows:
         datasets.append(old)
     recipe = replace(recipe, learning_rate=recipe.learning_rate or default_rate(model, recipe),
                      data=_fingerprint(model, [*datasets, valid]))
     prepare(model, recipe).train()
-    weights = learning_weights(model)
-    optimizers = dict(adamw=AdamW(weights.values(), weight_decay=0.0, betas=(0.9, 0.98)))
-    if recipe.muon: optimizers = make_optimizers(model, Recipe())  # it sets the rates anew
     if checkpointing: model.gradient_checkpointing_enable()
-    plan = batch_rows(recipe, len(train), sum(map(len, datasets[1:])))
-
-    def batches(first): # for each step from there on, its parts
-        rows = [step[i::recipe.parts] for step in plan[first:] for i in range(recipe.parts)]
-        loader = iter(DataLoader(ConcatDataset(datasets), batch_sampler=rows,
-                                 num_workers=workers, collate_fn=partial(collate, processor)))
-        return ([next(loader) for _ in range(recipe.parts)] for _ in plan[first:])
-    best, aside = folder / "best.safetensors", folder / "best.partial"
-
-    def evaluate(history): # before the state is saved: after a kill in between it is repeated
-        if valid is None: return None
-        marks = measure_rows(model, processor, valid, autocast=recipe.autocast)[0]
-        if all(_rank(dict(marks=marks)) > _rank(row) for row in history):
-            save_file({n: p.detach().contiguous() for n, p in weights.items()}, aside)
-            os.replace(aside, best)
-        return marks
-
-    def is_done(history):
-        ranks = [_rank(row) for row in history if row["marks"]]
-        return bool(ranks) and len(ranks) - 1 - ranks.index(max(ranks)) >= patience
-
-    history = run_steps(folder, model, optimizers, recipe, batches, evaluate, evaluate_every,
-                        evaluate_every, is_done)
+    history = run_steps(
+        folder, model, _optimizers(model, recipe), recipe,
+        partial(_batches, processor, recipe, datasets, workers),
+        partial(_evaluate, model, processor, valid, recipe, best),
+        evaluate_every, evaluate_every, partial(_is_done, patience))
     if valid: model.load_state_dict(load_file(best), strict=False)
     model.eval()
     return history
@@ -333,6 +331,27 @@ def table(marks: dict[str, dict[str, float]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 # %% ../nbs/35_finetuning.ipynb #ft000020
+def _teach(rows, unseen, model_path, weights, output, recipe, **settings):
+    lora = recipe.method == "lora"
+    if weights and not lora: raise ValueError(f"{recipe.method} takes no rounded weights")
+    if output.is_file() or lora and (output / "config.json").exists():
+        raise ValueError(f"{output} is a file or a model: the result needs its own folder")
+    dtype = None if lora else "float32"
+    model, processor = load_model(model_path, weights=weights, dtype=dtype)
+    print(report(rows, processor, unseen))
+    try:
+        history = finetune(model, processor, rows, unseen, f"{output}.run", recipe,
+                           evaluate_every=max(25, recipe.steps // 20), **settings)
+        if lora: save_adapter(model, output, base=model_path or SHIPPED)
+        else: save_model(model, processor, output)
+    except SafetensorError as e: raise OSError(f"{output} is not written: {first_line(e)}")
+    if unseen:
+        best = max(history, key=_rank)
+        print(f"best after {best['step']} steps:\n{table(best['marks'])}")
+    print(f'ask it: paligemma-nb --model_path {output} --image_file_path PICTURE '
+          f'--prompt "{rows.rows[0].prefix}"')
+
+# %% ../nbs/35_finetuning.ipynb #ft000023
 def finetune_files(
     data: str,                     # JSON lines, COCO, a folder: see open_dataset
     output_path: str,              # of the result; what a stopped run needs is in NAME.run
@@ -355,30 +374,13 @@ def finetune_files(
     "Teaches a model your pictures. Stopped at any moment, it continues when called again."
     recipe = FinetuneRecipe(method, 150 if steps is None else steps, batch_size, parts,
                             learning_rate, rank=rank, replay=replay, seed=seed)
-    output, lora = Path(output_path), method == "lora"
-    if weights and not lora: raise ValueError(f"method {method} takes no rounded weights")
-    if output.is_file() or lora and (output / "config.json").exists():
-        raise ValueError(f"{output} is a file or a model: the result needs its own folder")
     rows, unseen = (name and open_dataset(name, images=images, prompt=prompt)
                     for name in (data, valid))
     once = -(-len(rows) // (batch_size - round(batch_size * replay)))  # steps
     if steps is None: recipe = replace(recipe, steps=max(150, once))
-    dtype = None if lora else "float32"
-    model, processor = load_model(model_path, weights=weights, dtype=dtype)
-    print(report(rows, processor, unseen))
-    try:
-        history = finetune(model, processor, rows, unseen, f"{output}.run", recipe,
-                           evaluate_every=max(25, recipe.steps // 20), workers=workers,
-                           checkpointing=checkpointing)
-        if lora: save_adapter(model, output, base=model_path or SHIPPED)
-        else: save_model(model, processor, output)
-    except SafetensorError as e: raise OSError(f"{output} is not written: {first_line(e)}")
-    if unseen:
-        best = max(history, key=_rank)
-        print(f"best after {best['step']} steps:\n{table(best['marks'])}")
-    print(f'ask it: paligemma-nb --model_path {output} --image_file_path PICTURE '
-          f'--prompt "{rows.rows[0].prefix}"')
-    return output
+    _teach(rows, unseen, model_path, weights, Path(output_path), recipe, workers=workers,
+           checkpointing=checkpointing)
+    return Path(output_path)
 
 # %% ../nbs/35_finetuning.ipynb #ft000021
 def evaluate_files(

@@ -225,7 +225,7 @@ def train_step(
         part = {name: x.to(device) for name, x in part.items()}
         with training_precision(device.type, recipe.autocast):
             loss = batch_loss(model, part, recipe.length_power) * (n / max(1, sum(tokens)))
-        loss.backward()
+        with training_precision(device.type, False): loss.backward()  # layers may run again
         total += loss.item()
     length = nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
     if not length.isfinite():  # if the loss is not finite, the gradient is not either
