@@ -62,8 +62,7 @@ class FinetuneRecipe:
     length_power = 0.0             # a mean over all tokens, as in transformers
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"method: expected one of {METHODS}, got {self.method!r}")
+        if self.method not in METHODS: raise ValueError(f"method: expected one of {METHODS}")
         for name in ("steps", "batch_size", "parts", "rank", "learning_rate"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name}: expected more than 0, got {value}")
