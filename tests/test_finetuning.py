@@ -68,7 +68,10 @@ def write_maestro(folder, scenes):
 
 # --- the three commands
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2))])
+SEEDS = 0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_new_question_from_files(seed, tmp_path, capsys):
     train = write_maestro(tmp_path / "train", clear_scenes(5_000_000 + 1_000 * seed, 40))
     held_out = clear_scenes(HELD_OUT + 10, 40)
@@ -81,7 +84,8 @@ def test_a_new_question_from_files(seed, tmp_path, capsys):
         capsys.readouterr()
         assert main(argv) == 0
         said = [json.loads(line)["answer"] for line in capsys.readouterr().out.splitlines()]
-        return np.mean([text == color for text, (_, color) in zip(said, held_out, strict=True)])
+        colors = [color for _, color in held_out]
+        return np.mean([text == color for text, color in zip(said, colors, strict=True)])
 
     assert right([]) <= .2
     result = tmp_path / "runs/mine"
@@ -109,7 +113,8 @@ def both_ready(name, method, folder):
     recipe = FinetuneRecipe(method, steps=9, rank=3, learning_rate=1e-3, autocast=False)
     prepare(ours, recipe)
     if method == "lora":
-        for layer in lora_layers(ours).values(): nn.init.normal_(layer.lora_B["default"].weight, std=.1)
+        for layer in lora_layers(ours).values():
+            nn.init.normal_(layer.lora_B["default"].weight, std=.1)
         save_adapter(ours, folder)
         theirs = PeftModel.from_pretrained(theirs, folder, is_trainable=True)
     if method == "frozen":
@@ -219,8 +224,8 @@ def same(one, other):
 
 
 def run_until(moment, call):
-    """The call in a process of its own that kills itself, as `kill -9` does, at the given number
-    of calls and returns of Python functions -> was it killed?"""
+    """The call in a process of its own that kills itself, as `kill -9` does, at the given
+    number of calls and returns of Python functions -> was it killed?"""
     if (child := os.fork()) == 0:
         left = [moment]
         def count(*_):
@@ -367,7 +372,8 @@ def judged(prefix, suffix, text, found=(), true=(), cut_off=False, index=0):
 def test_marks():
     one, half, other = (Detection("cat", box, score=s) for box, s in (
         ((0, 0, 40, 40), .9), ((0, 0, 40, 30), .9), ((60, 60, 90, 90), .5)))
-    rows = [judged("answer en what?", "a ring", "The Ring"), judged("answer en what?", "x", "y"),
+    rows = [judged("answer en what?", "a ring", "The Ring"),
+            judged("answer en what?", "x", "y"),
             judged("detect cat", "", "", [], []), judged("detect cat", "", "cat", [one], []),
             judged("detect cat", "c", "c", [half, other], [one, other], cut_off=True)]
     marks = marks_of(rows)
@@ -405,9 +411,11 @@ def test_measured_rows_and_their_sheet(shipped):
 # --- refusals
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(method="adapter"), "method: expected one of"), (dict(steps=0), "steps: expected more"),
+    (dict(method="adapter"), "method: expected one of"),
+    (dict(steps=0), "steps: expected more"),
     (dict(learning_rate=-1), "learning_rate: expected more"), (dict(replay=1), "replay: exp"),
-    (dict(batch_size=8, parts=3), "8 rows, 4 of them new, do not make 3 parts"), (dict(rank=0), "rank: expected"),
+    (dict(batch_size=8, parts=3), "8 rows, 4 of them new, do not make 3 parts"),
+    (dict(rank=0), "rank: expected"),
     (dict(batch_size=1, replay=.9), "0 of them new")])
 def test_bad_recipes(settings, message):
     with pytest.raises(ValueError, match=message): FinetuneRecipe(**settings)
@@ -421,7 +429,8 @@ def test_another_run_in_the_folder(small, tmp_path):
                     dict(valid=others), dict(recipe=replace(SMALL, seed=1))):
         with pytest.raises(ValueError, match="belongs to another"): small(tmp_path, **changed)
     rows = small.train.rows
-    swapped = open_dataset([dict(image=make_scene(9).image, prefix=row.prefix, suffix=row.suffix)
+    image = make_scene(9).image
+    swapped = open_dataset([dict(image=image, prefix=row.prefix, suffix=row.suffix)
                             for row in rows])  # the same texts
     with pytest.raises(ValueError, match="belongs to another recipe: expected data"):
         small(tmp_path, train=swapped)
