@@ -50,7 +50,7 @@ class FinetuneRecipe:
     steps: int = 150               # updates
     batch_size: int = 16           # rows in an update, replayed ones included
     parts: int = 1                 # a batch goes through the model in so many pieces
-    learning_rate: float | None = None # the highest one; None: `default_rate`
+    learning_rate: float | None = None # the highest one; None: default_rate
     warmup: float = 0.05           # share of the steps in which the rate rises to it
     max_grad_norm: float = 1.0
     rank: int = 8                  # of LoRA
@@ -58,7 +58,7 @@ class FinetuneRecipe:
     seed: int = 0
     autocast: bool = True          # matrix products in bfloat16; False: as the weights are
     muon: bool = False             # for the matrices of the layers, as in lesson 31; not LoRA
-    data: str = ""                 # fingerprint of rows and model; `finetune` fills it in
+    data: str = ""                 # fingerprint of rows and model; finetune fills it in
     length_power = 0.0             # a mean over all tokens, as in transformers
 
     def __post_init__(self):
