@@ -183,3 +183,57 @@ def test_a_small_run(tmp_path):
     # before and after the run, before each opening, and in each turn of an answer
     assert [len(times) for times in found["pace_ms"].values()] == [5 + 2 * 3 + 2 * 5 + 5] * 2
     assert percentile(found["pace_ms"]["read"], 0.5) > 0
+
+
+# --- fine-tuning
+
+def test_numbers_of_handwritten_digits_are_where_their_rows_say():
+    from digits import INK, QUESTION, number_rows
+    from paligemma_nb.datasets import check_texts
+    from paligemma_nb.detection import parse_boxes
+    rows = number_rows(30, seed=0)
+    assert rows[0]["suffix"] == number_rows(1, seed=0)[0]["suffix"]
+    assert [r["prefix"] == QUESTION for r in rows[:3]] == [True, False, True]
+    numbers = {id(r["image"]): r["suffix"] for r in rows if r["prefix"] == QUESTION}
+    assert {len(text) for text in numbers.values()} == {1, 2, 3, 4}
+    for row in rows:
+        check_texts(row["prefix"], row["suffix"])
+        digit = row["prefix"].removeprefix("detect ")
+        if digit == QUESTION: continue
+        found = parse_boxes(row["suffix"], row["image"].size)
+        assert len(found) == numbers[id(row["image"])].count(digit)
+        for x1, y1, x2, y2 in (d.box for d in found):
+            assert abs(x2 - x1 - INK) < 0.3 and abs(y2 - y1 - INK) < 0.3
+            assert min(row["image"].crop((x1, y1, x2, y2)).getextrema()[0]) < 64  # ink
+
+
+def test_unseen_digits_are_others():
+    from digits import digits
+    (seen, _), (unseen, values) = digits(), digits(held_out=True)
+    assert len(seen) == 1_400 and len(seen) + len(unseen) == 1_797
+    assert set(values) == set(range(10))
+
+
+def test_gradients_of_an_adapter_are_those_of_peft(tmp_path):
+    command = [sys.executable, str(ROOT/"bench"/"lora_full_size.py"), "--size=tiny",
+               "--dtype=float32", "--threads=1", "--ways=ours,sdpa,eager"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, f"--results={tmp_path}"], check=True, env=env)
+    found = json.loads(next(tmp_path.glob("*-1-threads*/lora_full_size.json")).read_text())
+    rows = {row["way"]: row for row in found["rows"]}
+    assert rows["ours"]["gradients_apart"] < 1e-5 and rows["eager"]["gradients_apart"] == 0
+    assert all(len(row["losses"]) == 3 for row in rows.values())
+    losses = rows["ours"]["losses"]
+    assert losses == pytest.approx(rows["eager"]["losses"], rel=1e-4) and losses[2] < losses[0]
+
+
+def test_bytes_on_paper_are_those_that_a_small_model_takes():
+    from lora_bytes import METHODS, activations, configs, counted_bytes, state_bytes, with_layers
+    for config in configs(28).values():
+        config = with_layers(config, 3, 2)
+        state = state_bytes(config)
+        assert state == counted_bytes(config)
+        assert [*state] == [*METHODS] and sorted(state.values())[::-1] == [*state.values()]
+        for method in METHODS:  # raises SystemExit where layers do not add up
+            kept, checkpointed = activations(with_layers(config, 5, 4), method)
+            assert 0 < checkpointed < kept
