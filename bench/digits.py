@@ -8,13 +8,13 @@ The 1,797 digits of scikit-learn were written by 43 people. Numbers of one to fo
 stand on a canvas of 112 px, in a grid of 4 by 4 (anywhere else the tower's patches would cut
 them differently each time, and learning would take longer). The model is asked what is
 written, and where a digit is. It learns from the first 1,400 digits and is marked on the
-others, and beside that on captions of the scenes that it knew before: what it learned, and what
-it forgot. A share of the rows are old questions about scenes that it was trained on.
+others, and on captions of the scenes that it knew before: what it learned, what it forgot. A
+share of the rows are old questions about scenes that it was trained on.
 
 Logistic regression says how hard it is to read a single digit: the last 397 were written by
 other people than the first 1,400, mostly, and that makes much of a difference to it.
 
-The small tokenizer has no token for 5 to 9: it spells them as bytes. An answer is no longer for
+The small tokenizer has no token for 5 to 9: it spells them as bytes. Answers are no longer for
 that, but nothing that the model was trained on holds these tokens, so it had learned never to
 write them (`first_losses`); LoRA and `frozen` leave their rows of the embedding as they are.
 
@@ -158,7 +158,7 @@ def run(
     valid = open_dataset(number_rows(unseen, 0, held_out=True) + caption_rows(unseen))
     recipe = FinetuneRecipe(method, steps, batch_size, learning_rate=learning_rate,
                             replay=replay, seed=seed, muon=muon)
-    name = f"{method}{'-muon' * muon}-{old:g}-{replay:g}-{seed}"
+    name = f"{method}{'-muon' * muon}-{steps}-{old:g}-{replay:g}-{seed}"
     marks = measure_rows(model, processor, valid)[0]
     before = dict(step=0, loss=None, seconds=0.0, marks=marks)
     wall, core = time.perf_counter(), time.process_time()
