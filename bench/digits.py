@@ -186,7 +186,12 @@ def marks(row): # of one evaluation: numbers read, IoU of boxes, captions, each 
     return found["answer"]["exact"], found["detect"]["iou"], found["caption"]["exact"]
 
 
-def table(runs):
+def best(run): # the evaluation whose weights `finetune` keeps
+    rows = [row["marks"]["all"] for row in run["history"][1:] if row.get("marks")]
+    return max(rows, key=lambda found: (found["mark"], -found["loss"]))
+
+
+def table(runs): # single digits are marked with the weights that were kept
     heads = ("method", "seed", "old rows", "replay", "steps", "core seconds", "numbers read",
              "IoU of `detect`", "captions of scenes", "digits: tokens, bytes")
     lines = [f"| {' | '.join(heads)} |", "|---" + "|--:" * (len(heads) - 1) + "|"]
@@ -196,8 +201,8 @@ def table(runs):
         for row in r["history"]:
             seconds += row["seconds"] * r["core_share"]
             if not row.get("marks"): continue
-            last = row is r["history"][-1]
-            kinds = "{tokens:.0%}, {bytes:.0%}".format(**r["digits_right"]) if last else ""
+            kept = row["marks"]["all"] == best(r)
+            kinds = "{tokens:.0%}, {bytes:.0%}".format(**r["digits_right"]) if kept else ""
             cells = [name, recipe["seed"], r["old"], recipe["replay"], row["step"],
                      f"{seconds:.0f}", *(f"{mark:.0%}" for mark in marks(row)), kinds]
             lines.append(f"| {' | '.join(map(str, cells))} |")
