@@ -228,7 +228,8 @@ def test_gradients_of_an_adapter_are_those_of_peft(tmp_path):
 
 
 def test_bytes_on_paper_are_those_that_a_small_model_takes():
-    from lora_bytes import METHODS, activations, configs, counted_bytes, state_bytes, with_layers
+    from lora_bytes import (
+        METHODS, activations, configs, counted_bytes, state_bytes, with_layers)
     for config in configs(28).values():
         config = with_layers(config, 3, 2)
         state = state_bytes(config)
