@@ -22,53 +22,6 @@ from .gemma2 import Gemma2Config, Gemma2ForCausalLM
 from .kv_cache import KVCache
 from .siglip import SiglipEncoderLayer, SiglipVisionConfig, SiglipVisionModel
 
-# %% ../nbs/07_paligemma.ipynb #e071a770
-def _from_section(cls, section: str, d: dict):
-    "Reads a config dataclass from a section of `config.json`; ignores keys it does not know."
-    names = {f.name for f in dataclasses.fields(cls)}
-    required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
-    if missing := sorted(required - d.keys()):
-        raise ValueError(f"{section} of the config lacks {', '.join(missing)}")
-    act = d.get("hidden_activation") or d.get("hidden_act") or "gelu_pytorch_tanh"
-    # in a published PaliGemma all three mean the tanh form
-    if act not in ("gelu", "gelu_fast", "gelu_pytorch_tanh"):
-        raise ValueError(f"{section}: expected a tanh-GELU, got {act!r}")
-    return cls(**{k: v for k, v in d.items() if k in names})
-
-
-def _to_sections(vision: SiglipVisionConfig, text: GemmaConfig, pad_token_id: int) -> dict:
-    "A `config.json` as transformers 5 spells it, without the ids of the whole model."
-    text_section, act = dataclasses.asdict(text), "gelu_pytorch_tanh"
-    rope = dict(rope_theta=text_section.pop("rope_theta"), rope_type="default")
-    text_section |= dict(
-        model_type=text.model_type, hidden_activation=act, pad_token_id=pad_token_id,
-        rope_parameters=rope, num_image_tokens=vision.num_image_tokens)
-    vision_section = dataclasses.asdict(vision) | dict(
-        model_type="siglip_vision_model", hidden_act=act, vision_use_head=False,
-        projection_dim=text.hidden_size)
-    return dict(architectures=["PaliGemmaForConditionalGeneration"], model_type="paligemma",
-                tie_word_embeddings=True, hidden_size=text.hidden_size,
-                projection_dim=text.hidden_size, text_config=text_section,
-                vision_config=vision_section)
-
-# %% ../nbs/07_paligemma.ipynb #4b6af97b
-_DECODERS = {GemmaConfig: GemmaForCausalLM, Gemma2Config: Gemma2ForCausalLM}
-
-
-def _read_text(section: dict) -> GemmaConfig:
-    text, kind = dict(section), section.get("model_type", "gemma")
-    text_class = next((c for c in _DECODERS if c.model_type == kind), None)
-    if text_class is None:
-        raise ValueError("expected a text_config of model_type 'gemma' or 'gemma2', "
-                         f"got {kind!r}")
-    if kind == "gemma2":  # there hidden_act has no meaning
-        text.setdefault("hidden_activation", "gelu_pytorch_tanh")
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        raise ValueError(f"text_config: expected rope_type 'default', got {rope_type!r}")
-    text.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))
-    return _from_section(text_class, "text_config", text)
-
 # %% ../nbs/07_paligemma.ipynb #4b6af97bc
 _IDS = "image_token_index", "pad_token_id", "bos_token_id", "eos_token_id"
 
@@ -249,6 +202,9 @@ def suffix_loss(
                              f"found {learnt.min()} … {learnt.max()}")
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
 
+# %% ../nbs/07_paligemma.ipynb #66d2dcbc
+_DECODERS = {GemmaConfig: GemmaForCausalLM, Gemma2Config: Gemma2ForCausalLM}
+
 # %% ../nbs/07_paligemma.ipynb #29ecf174
 @dataclass
 class PaliGemmaOutput:
@@ -395,3 +351,47 @@ class PaliGemmaForConditionalGeneration(PreTrainedModel):
         first = max(0, embeds.shape[1] - logits_to_keep) if logits_to_keep else 0
         logits = language.logits(language.model(embeds, masks, kv_cache, first))
         return PaliGemmaOutput(logits, None if labels is None else suffix_loss(logits, labels))
+
+# %% ../nbs/07_paligemma.ipynb #e071a770
+def _from_section(cls, section: str, d: dict):
+    "Reads a config dataclass from a section of `config.json`; ignores keys it does not know."
+    names = {f.name for f in dataclasses.fields(cls)}
+    required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+    if missing := sorted(required - d.keys()):
+        raise ValueError(f"{section} of the config lacks {', '.join(missing)}")
+    act = d.get("hidden_activation") or d.get("hidden_act") or "gelu_pytorch_tanh"
+    # in a published PaliGemma all three mean the tanh form
+    if act not in ("gelu", "gelu_fast", "gelu_pytorch_tanh"):
+        raise ValueError(f"{section}: expected a tanh-GELU, got {act!r}")
+    return cls(**{k: v for k, v in d.items() if k in names})
+
+
+def _to_sections(vision: SiglipVisionConfig, text: GemmaConfig, pad_token_id: int) -> dict:
+    "A `config.json` as transformers 5 spells it, without the ids of the whole model."
+    text_section, act = dataclasses.asdict(text), "gelu_pytorch_tanh"
+    rope = dict(rope_theta=text_section.pop("rope_theta"), rope_type="default")
+    text_section |= dict(
+        model_type=text.model_type, hidden_activation=act, pad_token_id=pad_token_id,
+        rope_parameters=rope, num_image_tokens=vision.num_image_tokens)
+    vision_section = dataclasses.asdict(vision) | dict(
+        model_type="siglip_vision_model", hidden_act=act, vision_use_head=False,
+        projection_dim=text.hidden_size)
+    return dict(architectures=["PaliGemmaForConditionalGeneration"], model_type="paligemma",
+                tie_word_embeddings=True, hidden_size=text.hidden_size,
+                projection_dim=text.hidden_size, text_config=text_section,
+                vision_config=vision_section)
+
+# %% ../nbs/07_paligemma.ipynb #4b6af97b
+def _read_text(section: dict) -> GemmaConfig:
+    text, kind = dict(section), section.get("model_type", "gemma")
+    text_class = next((c for c in _DECODERS if c.model_type == kind), None)
+    if text_class is None:
+        raise ValueError("expected a text_config of model_type 'gemma' or 'gemma2', "
+                         f"got {kind!r}")
+    if kind == "gemma2":  # there hidden_act has no meaning
+        text.setdefault("hidden_activation", "gelu_pytorch_tanh")
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        raise ValueError(f"text_config: expected rope_type 'default', got {rope_type!r}")
+    text.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))
+    return _from_section(text_class, "text_config", text)
