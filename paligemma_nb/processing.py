@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Picture', 'IMAGE_TOKEN', 'PAD', 'EOS', 'BOS', 'UNK', 'MASK', 'SPECIAL_TOKENS', 'BYTE_TOKENS', 'EXTRA_TOKENS',
-           'to_rgb', 'image_to_tensor', 'open_image', 'train_tokenizer', 'place_images', 'left_pad', 'TextProcessor',
-           'BatchFeature', 'PaliGemmaProcessor']
+           'to_rgb', 'image_to_tensor', 'train_tokenizer', 'place_images', 'left_pad', 'TextProcessor', 'BatchFeature',
+           'PaliGemmaProcessor', 'open_image']
 
 # %% ../nbs/10_processing.ipynb #6fd8a674
 # Agrees with transformers' PaliGemmaProcessor (Pillow backend) and GemmaTokenizer, but needs
@@ -52,52 +52,11 @@ def to_rgb(
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-# %% ../nbs/10_processing.ipynb #67738589
-class _Unclear(ValueError): "A picture's values do not say what is black and what is white."
-
 # %% ../nbs/10_processing.ipynb #67738589b
 def _upright(image):
     image.load()  # raises if the picture is damaged; if only its EXIF is, we ignore that
     try: return ImageOps.exif_transpose(image)
     except Exception: return image
-
-# %% ../nbs/10_processing.ipynb #c5a1b301
-def _deep_to_rgb(image):
-    "Scales 16-bit, 32-bit and float greys to 8 bits (Pillow's own conversion clips at 255)."
-    grey = np.asarray(image).astype(np.float64)
-    if not np.isfinite(grey).all(): raise _Unclear("the picture holds NaN or infinity")
-    whites = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
-    low, high = grey.min(), grey.max()
-    # at worst, Lanczos turns 0 … 1 into -0.69 … 1.69, and bicubic into -0.28 … 1.28
-    white = next((w for w in whites if high <= 2 * w), high)
-    if high < 0 or low < -.75 * white or whites[0] < white and high < white / 16:
-        raise _Unclear(f"the picture's values, {low:g} to {high:g}, do not tell what is black "
-                       "and what is white: scale them to 0 … 255")
-    levels = (grey.clip(0, white) * (255 / white)).round()
-    return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
-
-# %% ../nbs/10_processing.ipynb #c5a1b104
-def _from_array(array):
-    "A PIL image of an array or a tensor in one of `to_rgb`'s layouts; ValueError for others."
-    if isinstance(array, torch.Tensor):
-        array = array.detach().cpu()
-        array = np.asarray(array.float() if array.is_floating_point() else array)
-    shape, got = array.shape, f"got {array.dtype} {list(array.shape)}"
-    channels = [axis for axis in (0, 2) if len(shape) == 3 and shape[axis] in (1, 3, 4)]
-    if len(shape) != 2 and len(channels) != 1:
-        raise ValueError("an image array must be [height, width], or have 1, 3 or 4 channels "
-                         "first or last: where both would fit, give a PIL image; for several "
-                         f"pictures, list(array); {got}")
-    if array.dtype.kind == "f":
-        if not ((array >= 0) & (array <= 1)).all():
-            raise ValueError("a float image must lie in 0 … 1: clip or scale it, "
-                             f"{got} from {array.min():g} to {array.max():g}")
-        array = (array * 255).round().astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise ValueError(f"an image array must be uint8 (0 … 255) or float (0 … 1), {got}")
-    if channels == [0]: array = array.transpose(1, 2, 0)
-    if array.shape[2:] == (1,): array = array.squeeze(2)
-    return Image.fromarray(np.ascontiguousarray(array))
 
 # %% ../nbs/10_processing.ipynb #4b581f60
 def image_to_tensor(
@@ -108,27 +67,6 @@ def image_to_tensor(
     square = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(_NORMALIZED[np.asarray(square)])  # [s, s, 3]
     return pixels.permute(2, 0, 1).contiguous()
-
-# %% ../nbs/10_processing.ipynb #fcb8d562
-def open_image(
-    path: str | Path, # a picture file that Pillow reads; of an animation, the first frame
-) -> Image.Image: # mode RGB, upright
-    """Reads a picture. Raises FileNotFoundError if there is none, ValueError if it is no
-    picture, is damaged, leaves open what is white (see `to_rgb`), or is so large that Pillow
-    suspects a decompression bomb (above `2 * PIL.Image.MAX_IMAGE_PIXELS`)."""
-    path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"no such picture: {path}")
-    if not path.is_file(): raise ValueError(f"not a picture file: {path}")
-    try:
-        with Image.open(path) as image: return to_rgb(image)
-    except PermissionError: raise
-    except _Unclear as e: raise ValueError(f"{path}: {e}") from None
-    except Image.DecompressionBombError as e:
-        raise ValueError(f"the picture is too large: {path}: {e}") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"not a picture that Pillow can read: {path}") from None
-    except Exception as e:  # each of Pillow's decoders fails in its own way on damaged data
-        raise ValueError(f"the picture is damaged or cut short: {path}: {e}") from e
 
 # %% ../nbs/10_processing.ipynb #979ec276
 IMAGE_TOKEN, PAD, EOS, BOS, UNK, MASK = "<image>", "<pad>", "<eos>", "<bos>", "<unk>", "<mask>"
@@ -402,3 +340,65 @@ def _read_folder(folder, pictures, revision):
         if (got := config.get(key)) not in (None, value):
             raise ValueError(f"{path}: {key} must be {value}, got {got}")
     return tokenizer, *sides, num_image_tokens
+
+# %% ../nbs/10_processing.ipynb #67738589
+class _Unclear(ValueError): "A picture's values do not say what is black and what is white."
+
+# %% ../nbs/10_processing.ipynb #c5a1b301
+def _deep_to_rgb(image):
+    "Scales 16-bit, 32-bit and float greys to 8 bits (Pillow's own conversion clips at 255)."
+    grey = np.asarray(image).astype(np.float64)
+    if not np.isfinite(grey).all(): raise _Unclear("the picture holds NaN or infinity")
+    whites = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
+    low, high = grey.min(), grey.max()
+    # at worst, Lanczos turns 0 … 1 into -0.69 … 1.69, and bicubic into -0.28 … 1.28
+    white = next((w for w in whites if high <= 2 * w), high)
+    if high < 0 or low < -.75 * white or whites[0] < white and high < white / 16:
+        raise _Unclear(f"the picture's values, {low:g} to {high:g}, do not tell what is black "
+                       "and what is white: scale them to 0 … 255")
+    levels = (grey.clip(0, white) * (255 / white)).round()
+    return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+
+# %% ../nbs/10_processing.ipynb #c5a1b104
+def _from_array(array):
+    "A PIL image of an array or a tensor in one of `to_rgb`'s layouts; ValueError for others."
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = np.asarray(array.float() if array.is_floating_point() else array)
+    shape, got = array.shape, f"got {array.dtype} {list(array.shape)}"
+    channels = [axis for axis in (0, 2) if len(shape) == 3 and shape[axis] in (1, 3, 4)]
+    if len(shape) != 2 and len(channels) != 1:
+        raise ValueError("an image array must be [height, width], or have 1, 3 or 4 channels "
+                         "first or last: where both would fit, give a PIL image; for several "
+                         f"pictures, list(array); {got}")
+    if array.dtype.kind == "f":
+        if not ((array >= 0) & (array <= 1)).all():
+            raise ValueError("a float image must lie in 0 … 1: clip or scale it, "
+                             f"{got} from {array.min():g} to {array.max():g}")
+        array = (array * 255).round().astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(f"an image array must be uint8 (0 … 255) or float (0 … 1), {got}")
+    if channels == [0]: array = array.transpose(1, 2, 0)
+    if array.shape[2:] == (1,): array = array.squeeze(2)
+    return Image.fromarray(np.ascontiguousarray(array))
+
+# %% ../nbs/10_processing.ipynb #fcb8d562
+def open_image(
+    path: str | Path, # a picture file that Pillow reads; of an animation, the first frame
+) -> Image.Image: # mode RGB, upright
+    """Reads a picture. Raises FileNotFoundError if there is none, ValueError if it is no
+    picture, is damaged, leaves open what is white (see `to_rgb`), or is so large that Pillow
+    suspects a decompression bomb (above `2 * PIL.Image.MAX_IMAGE_PIXELS`)."""
+    path = Path(path)
+    if not path.exists(): raise FileNotFoundError(f"no such picture: {path}")
+    if not path.is_file(): raise ValueError(f"not a picture file: {path}")
+    try:
+        with Image.open(path) as image: return to_rgb(image)
+    except PermissionError: raise
+    except _Unclear as e: raise ValueError(f"{path}: {e}") from None
+    except Image.DecompressionBombError as e:
+        raise ValueError(f"the picture is too large: {path}: {e}") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"not a picture that Pillow can read: {path}") from None
+    except Exception as e:  # each of Pillow's decoders fails in its own way on damaged data
+        raise ValueError(f"the picture is damaged or cut short: {path}: {e}") from e
