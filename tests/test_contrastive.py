@@ -1,5 +1,5 @@
-"""Contrast: the losses, both towers against transformers, strict opening, a short training, and
-the stored runs."""
+"""Contrast: losses, both towers against transformers, strict opening, a short training, and the
+stored runs."""
 import json
 from dataclasses import asdict, replace
 from itertools import islice
@@ -70,6 +70,19 @@ def test_a_ring_of_devices_computes_the_whole_loss(devices, m, seed):
     for ours, all_at_once in zip(*(torch.autograd.grad(loss, learned)
                                    for loss in (ring, whole))):
         assert torch.allclose(ours, all_at_once, rtol=1e-4, atol=1e-6)
+
+
+def test_a_ring_keeps_no_block_for_the_backward_pass():
+    kept = []
+    x, y = (torch.randn(48, 2, requires_grad=True) for _ in range(2))
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ring_sigmoid_loss(x.split(12), y.split(12), torch.tensor(1.0), torch.tensor(0.0))
+        assert max(kept, default=0) < 12 * 12
+        sigmoid_loss(x @ y.T)
+        assert max(kept) >= 48 * 48
 
 
 @pytest.mark.parametrize("sizes", [((2, 2), (2,)), ((2, 2), (2, 1)), ((), ())])
@@ -155,7 +168,8 @@ def test_the_largest_published_model_has_the_same_tensors():
 
 
 def test_sizes_that_a_config_leaves_out_are_the_base_models():
-    found, base = SiglipConfig.from_dict(dict(model_type="siglip")), transformers.SiglipConfig()
+    found = SiglipConfig.from_dict(dict(model_type="siglip"))
+    base = transformers.SiglipConfig()
     for part in ("text_config", "vision_config"):
         ours, theirs = asdict(getattr(found, part)), getattr(base, part).to_dict()
         assert ours == {name: theirs[name] for name in ours}
