@@ -1,4 +1,4 @@
-"""Contrast: losses, both towers against transformers, strict opening, a short training, and the
+"""Contrast: losses, both towers against transformers, strict opening, a short training, the
 stored runs."""
 import json
 from dataclasses import asdict, replace
