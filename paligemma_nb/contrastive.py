@@ -240,8 +240,8 @@ def load_siglip(
     of model, and for tensors that are missing, surplus or of another shape."""
     device, folder = usable_device(device), find_folder(model_path, parts=["weights"])
     dtype = None if dtype is None else float_dtype(dtype)
-    path = folder / "config.json"
-    try: config = SiglipConfig.from_dict(read_json(path))
+    content = read_json(path := folder / "config.json")
+    try: config = SiglipConfig.from_dict(content)
     except (ValueError, TypeError, ZeroDivisionError) as e:
         raise ValueError(f"{path}: {e}") from None
     with torch.device("meta"): model = SiglipModel(config)

@@ -228,6 +228,8 @@ def test_configs_of_other_models_are_refused(folder, edit, message):
 def test_folders_without_a_siglip_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError): load_siglip(tmp_path, device="cpu")
     with pytest.raises(ValueError, match="got 'paligemma'"): load_siglip(TINY, device="cpu")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not JSON"): load_siglip(tmp_path)
 
 
 def test_texts_that_are_too_long_are_refused(folder, processor):
