@@ -8,6 +8,7 @@ set -euo pipefail
 MODEL_PATH="${MODEL_PATH:-}"                               # folder of a checkpoint or a hub name; default: shipped
 REVISION="${REVISION:-}"                                   # branch, tag or commit of a hub name
 PROCESSOR_PATH="${PROCESSOR_PATH:-}"                       # folder or hub name of a tokenizer
+ADAPTER="${ADAPTER:-}"                                     # folder of a low-rank change to the model
 PROMPT="${PROMPT:-}"                                       # "caption en", "detect red circle", "segment red circle", …
 IMAGE_FILE_PATH="${IMAGE_FILE_PATH:-}"                     # a picture, a folder or "*.png"; default: a sample scene
 OUTPUT_IMAGE="${OUTPUT_IMAGE:-}"                           # the picture with boxes and masks; default: see below
@@ -34,8 +35,8 @@ if [[ -z "$OUTPUT_IMAGE" && "$PROMPT" =~ $points && "$*" != *image?file?path* ]]
 fi
 
 flags=()
-for name in MODEL_PATH REVISION PROCESSOR_PATH PROMPT IMAGE_FILE_PATH OUTPUT_IMAGE \
-            OUTPUT_FORMAT BATCH_SIZE MAX_TOKENS_TO_GENERATE TEMPERATURE TOP_P DO_SAMPLE \
+for name in MODEL_PATH REVISION PROCESSOR_PATH ADAPTER PROMPT IMAGE_FILE_PATH \
+            OUTPUT_IMAGE OUTPUT_FORMAT BATCH_SIZE MAX_TOKENS_TO_GENERATE TEMPERATURE TOP_P DO_SAMPLE \
             ONLY_CPU DEVICE DTYPE QUANTIZE MASK_VAE; do
   if [ -n "${!name}" ]; then flags+=("--$(echo "$name" | tr '[:upper:]' '[:lower:]')=${!name}"); fi
 done

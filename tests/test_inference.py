@@ -517,7 +517,8 @@ def test_where_the_model_and_its_parts_come_from(command, monkeypatch, folder):
     flags = "--processor_path=some", "--only_cpu", "--quantize=int8", "--dtype=float32"
     assert command("--model_path", folder, *flags)[0] == 0
     assert asked == dict(model_path=str(folder), revision=None, processor_path="some",
-                         device="cpu", weights="int8", dtype="float32", decoder_of=folder)
+                         adapter=None, device="cpu", weights="int8", dtype="float32",
+                         decoder_of=folder)
     monkeypatch.setattr("paligemma_nb.hub.find_folder", lambda *args, **parts: (args, parts))
     assert command("--model_path=some/name", "--revision=bfloat16")[0] == 0
     assert (asked["revision"], asked["device"]) == ("bfloat16", None)
@@ -1035,8 +1036,8 @@ def test_help_names_every_flag_and_waits_for_nothing():
 
 def test_defaults():
     assert read_flags(answer, []) == dict(
-        model_path=None, revision=None, processor_path=None, prompt="caption en",
-        image_file_path=None, max_tokens_to_generate=100, temperature=.8, top_p=.9,
+        model_path=None, revision=None, processor_path=None, adapter=None,
+        prompt="caption en", image_file_path=None, max_tokens_to_generate=100, temperature=.8, top_p=.9,
         do_sample=False, only_cpu=False, device=None, dtype=None, quantize=None, mask_vae=None,
         output_image=None, output_format="text", batch_size=8)
 

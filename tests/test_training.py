@@ -513,7 +513,7 @@ def test_greedy_text_equals_transformers_on_200_prompts(shipped):
 
 
 def test_the_commands_are_the_functions(monkeypatch, capsys):
-    from paligemma_nb import inference
+    from paligemma_nb import finetuning, inference
     assert inference.main(["evaluate", "--model_path", "nowhere"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
@@ -522,7 +522,7 @@ def test_the_commands_are_the_functions(monkeypatch, capsys):
     def measured(model_path: str | None = None, num_scenes: int = 1, first_seed: int = 2):
         called.append((model_path, num_scenes, first_seed))
     def trained(output_path: str = "runs/tiny"): called.append(output_path)
-    monkeypatch.setattr(training, "measure", measured)
+    monkeypatch.setattr(finetuning, "measure", measured)
     monkeypatch.setattr(training, "train_tiny", trained)
     assert inference.main(["evaluate", "--num_scenes=7"]) == 0
     assert inference.main(["train", "--output-path", "7"]) == 0
