@@ -174,7 +174,7 @@ Flags [default]:
   --sample                   [False]
   --weights                 int8 or int4; round them # first"""
     assert help_text(work, others=["add", "sub"]).endswith(
-        "\n\nCommands, each with its own --help: add, sub")
+        "\n\nCommands, each with its own --help:\n  add, sub")
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["m", "--nonsense", "--help"]])

@@ -1037,8 +1037,8 @@ def test_help_names_every_flag_and_waits_for_nothing():
 def test_defaults():
     assert read_flags(answer, []) == dict(
         model_path=None, revision=None, processor_path=None, adapter=None,
-        prompt="caption en", image_file_path=None, max_tokens_to_generate=100, temperature=.8, top_p=.9,
-        do_sample=False, only_cpu=False, device=None, dtype=None, quantize=None, mask_vae=None,
+        prompt="caption en", image_file_path=None, max_tokens_to_generate=100,
+        temperature=.8, top_p=.9, do_sample=False, only_cpu=False, device=None, dtype=None, quantize=None, mask_vae=None,
         output_image=None, output_format="text", batch_size=8)
 
 

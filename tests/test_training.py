@@ -526,7 +526,7 @@ def test_the_commands_are_the_functions(monkeypatch, capsys):
     monkeypatch.setattr(training, "train_tiny", trained)
     assert inference.main(["evaluate", "--num_scenes=7"]) == 0
     assert inference.main(["train", "--output-path", "7"]) == 0
-    assert called == [(None, 7, 2), "7"]
+    assert called == [(None, 7, HELD_OUT), "7"]
 
 
 def test_a_batch_in_parts_is_the_whole_batch(shipped):
