@@ -1038,7 +1038,8 @@ def test_defaults():
     assert read_flags(answer, []) == dict(
         model_path=None, revision=None, processor_path=None, adapter=None,
         prompt="caption en", image_file_path=None, max_tokens_to_generate=100,
-        temperature=.8, top_p=.9, do_sample=False, only_cpu=False, device=None, dtype=None, quantize=None, mask_vae=None,
+        temperature=.8, top_p=.9, do_sample=False, only_cpu=False, device=None, dtype=None,
+        quantize=None, mask_vae=None,
         output_image=None, output_format="text", batch_size=8)
 
 
