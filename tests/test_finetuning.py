@@ -1,5 +1,6 @@
 """Fine-tuning: from files to answers; equal to transformers with peft; killed and resumed;
 batches; marks; refusals."""
+import itertools
 import json
 import os
 import signal
@@ -33,26 +34,21 @@ from paligemma_nb.tasks import evaluate
 from paligemma_nb.training import (
     batch_loss, initialize, learning_weights, tiny_config, train_step)
 
-QUESTION = "answer en which paint is on the biggest thing?"
+QUESTION = "answer en which paint was used?"
 
 
 @pytest.fixture(scope="module")
 def shipped(): return load_model(device="cpu", dtype="float32")
 
 
-def area(thing): return (thing.box[2] - thing.box[0]) * (thing.box[3] - thing.box[1])
-
-
-def clear_scenes(first, count):
-    "Scenes whose biggest thing is at least twice as large as the next"
-    found, seed = [], first
-    while len(found) < count:
+def scenes_of_one_color(first, count):
+    "Scenes, with their colour: a question that differs from all that the model knows"
+    found = []
+    for seed in itertools.count(first):
         scene = make_scene(seed)
-        things = sorted(scene.objects, key=area, reverse=True)
-        if len(things) == 1 or area(things[0]) >= 2 * area(things[1]):
-            found.append((scene, things[0].color))
-        seed += 1
-    return found
+        colors = {thing.color for thing in scene.objects}
+        if len(colors) == 1: found.append((scene, *colors))
+        if len(found) == count: return found
 
 
 def write_maestro(folder, scenes):
@@ -73,8 +69,9 @@ SEEDS = 0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_new_question_from_files(seed, tmp_path, capsys):
-    train = write_maestro(tmp_path / "train", clear_scenes(5_000_000 + 1_000 * seed, 40))
-    held_out = clear_scenes(HELD_OUT + 10, 40)
+    known = scenes_of_one_color(5_000_000 + 1_000 * seed, 40)
+    train = write_maestro(tmp_path / "train", known)
+    held_out = scenes_of_one_color(HELD_OUT + 10, 40)
     valid = write_maestro(tmp_path / "valid", held_out)
 
     def right(model_path): # share, asked as one does it at home: from pictures, by the command
@@ -90,7 +87,7 @@ def test_a_new_question_from_files(seed, tmp_path, capsys):
     assert right([]) <= .2
     result = tmp_path / "runs/mine"
     assert main(["finetune", "--data", str(train), "--valid", str(valid), "--method", "lora",
-                 "--steps", "100", "--seed", str(seed), "--output_path", str(result)]) == 0
+                 "--steps", "75", "--seed", str(seed), "--output_path", str(result)]) == 0
     assert f"--model_path {result}" in capsys.readouterr().out
     sheet = tmp_path / "worst.png"
     assert main(["evaluate", "--model_path", str(result), "--data", str(valid),
@@ -467,7 +464,7 @@ def test_models_that_cannot_learn(method, tmp_path):
     (["--replay", "1.5"], "expected a share"), (["--steps", "0"], "more than 0")])
 def test_one_line_each(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write_maestro(tmp_path / "data", clear_scenes(0, 2))
+    write_maestro(tmp_path / "data", scenes_of_one_color(0, 2))
     Path("empty.jsonl").touch()
     Path("model").mkdir()
     Path("model/config.json").write_text("{}")
@@ -488,7 +485,7 @@ sys.exit(main(["finetune", "--data", "data", "--output_path", "mine", "--steps",
 
 
 def test_a_full_disk(tmp_path):
-    write_maestro(tmp_path / "data", clear_scenes(0, 2))
+    write_maestro(tmp_path / "data", scenes_of_one_color(0, 2))
     env = os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1]), TQDM_DISABLE="1")
     done = subprocess.run([sys.executable, "-c", FULL], cwd=tmp_path, env=env,
                           capture_output=True, text=True)
