@@ -92,7 +92,7 @@ def grouped_scores(
     scores = rows @ k.contiguous().transpose(-1, -2)  # [b, k, h/k * t, n]
     return scores.view(*q.shape[:3], -1).float().mul_(scale)
 
-
+# %% ../nbs/05_gemma.ipynb #5a0f7e31
 def masked_softmax(
     scores: Tensor,       # [b, h, t, n], overwritten where a mask hides a key
     mask: Tensor | None,  # as for grouped_attention
