@@ -238,6 +238,7 @@ def model_card(model, processor, stages: tuple, history: list[dict],
     cells = ((a.seed, a.example.prompt, a.example.suffix, a.text) for a in shown)
     rows = [f"| {' | '.join(str(cell) or 'nothing' for cell in row)} |" for row in cells]
     minutes = sum(row["seconds"] for row in history) / 60
+    machines = dict.fromkeys(row["machine"] for row in history if "machine" in row)
     return "\n".join([f"""# Tiny PaliGemma
 
 A PaliGemma of {sum(p.numel() for p in model.parameters()):,} parameters in the published file
@@ -249,12 +250,12 @@ them, finds objects in them and outlines them. All other pictures are foreign to
   `segment <thing>`. An absent thing is answered with nothing. The `<seg>` tokens are those of
   the mask VAE that the package ships.
 - Recipe, stage by stage: {', then '.join(f'`{recipe}`' for recipe in stages)}
-- Time and machine: {minutes:.0f} minutes; {results["machine"]}.
+- Time: {minutes:.0f} minutes; {', then '.join(machines)}.
 
 ## Results
 
 Greedy answers on {results["num_scenes"]:,} scenes from seed {results["first_seed"]:,} on, none
-of the training, in float32; `paligemma-nb evaluate` repeats it. IoU is of boxes for `detect`,
+of the training, in float32 on {results["machine"]}; `paligemma-nb evaluate` repeats it. IoU is of boxes for `detect`,
 of masks for `segment`. "All found" is about answers with several objects, each over 0.5. AP50
 is COCO's, over all objects of all scenes; what is invented for absent things counts as wrong.
 

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from . import load_model, save_model
 from .gemma import GemmaConfig
+from .hub import read_json
 from .paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor, train_tokenizer
 from .scenes import HELD_OUT, make_scene
@@ -319,7 +320,7 @@ def run_steps(
         if (done := step + 1) % save_every and done % evaluate_every and done < last: continue
         seconds = time.perf_counter() - started
         row = dict(step=done, loss=float(np.mean(losses)), seconds=seconds)
-        if done % evaluate_every == 0 or done == last: row["marks"] = measure(history)
+        if done % evaluate_every == 0 or done == last: row |= dict(marks=measure(history), machine=machine())
         history.append(row)
         save_state(state, model, optimizers, done, recipe, history)
         if is_done(history): break
@@ -360,13 +361,25 @@ def save_trained(folder: Path, model, processor, stages: tuple[Recipe, ...],
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 # %% ../nbs/31_training.ipynb #e3b7566a
-def train_tiny(output_path: str = "runs/tiny"): # of the run; one that was stopped is continued
-    "Trains the shipped model from nothing, on a GPU if there is one; marks and saves it."
-    processor, folder, history = tiny_processor(), Path(output_path), []
-    model = PaliGemmaForConditionalGeneration(tiny_config(processor))
-    initialize(model, processor)
+def train_tiny(
+    output_path: str = "runs/tiny", # of the run; one that was stopped is continued
+    model_path: str | None = None,  # one that the first stages made; default: from nothing
+):
+    """Trains the shipped model, on a GPU if there is one; marks and saves it. Raises ValueError
+    for a model that other stages made."""
+    processor, folder, done, history = tiny_processor(), Path(output_path), 0, []
+    if model_path is None:
+        model = PaliGemmaForConditionalGeneration(tiny_config(processor))
+        initialize(model, processor)
+    else:
+        model, processor = load_model(model_path)
+        story = read_json(Path(model_path) / "history.json")
+        stages, history = story.get("stages", []), story.get("rows", [])
+        if not (done := len(stages)) or [Recipe(**x) for x in stages] != [*STAGES[:done]]:
+            raise ValueError(f"{model_path}/history.json: expected the first of STAGES, got "
+                             f"{done} stages of other recipes")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    for i, recipe in enumerate(STAGES, 1):
+    for i, recipe in enumerate(STAGES[done:], done + 1):
         rows = train(folder / f"stage{i}", model, processor, recipe)
         history += [row | dict(stage=i) for row in rows]
     save_trained(folder / "model", model, processor, STAGES, history)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from peft import PeftModel
 from PIL import Image
 from test_parity import CASES, labels_of, make_both
 from torch import nn
+from tqdm import tqdm
 
 from paligemma_nb import load_model
 from paligemma_nb.checkpoint import published_key
@@ -224,6 +226,8 @@ def run_until(moment, call):
     """The call in a process of its own that kills itself, as `kill -9` does, at the given
     number of calls and returns of Python functions -> was it killed?"""
     if (child := os.fork()) == 0:
+        # tqdm's usual lock is shared between processes: whoever is killed would keep it
+        tqdm.set_lock(threading.RLock())
         left = [moment]
         def count(*_):
             left[0] -= 1

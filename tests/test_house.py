@@ -277,9 +277,10 @@ def test_scripts_can_be_called(path):
 # --- the site's sources
 
 def listed(contents):
-    "The pages of a sidebar, in order"
+    "The pages of a sidebar, in order, with what stands there"
     for entry in contents:
-        if isinstance(entry, str): yield entry
+        if isinstance(entry, str): yield entry, ""
+        elif "href" in entry: yield entry["href"], entry["text"]
         else: yield from listed(entry["contents"])
 
 
@@ -287,10 +288,49 @@ def test_site_lists_every_page_in_order():
     site = yaml.safe_load((ROOT/"_quarto.yml").read_text())
     patterns = site["project"]["render"]
     render = [page for pattern in patterns for page in sorted(ROOT.glob(pattern))]
-    sidebar = [ROOT/page for page in listed(site["website"]["sidebar"]["contents"])]
-    assert render == PAGES and sidebar == PAGES
+    pages = [*listed(site["website"]["sidebar"]["contents"])]
+    assert render == PAGES and [ROOT/page for page, _ in pages] == PAGES
+    for page, text in pages:  # a lesson's number stands before its name
+        if number := re.match(r"nbs/(\d\d)_", page): assert text.startswith(number[1] + " ")
     assert all((ROOT/link["href"]).exists() for link in site["website"]["navbar"]["left"])
-    assert (ROOT/site["format"]["html"]["css"]).exists()
+
+
+def test_site_reads_well():
+    """Dark follows the system, code and figures right in it; 95 columns fit and no label is in
+    the way; fonts and formulas come from the site; what a released project has is there."""
+    site = yaml.safe_load((ROOT/"_quarto.yml").read_text())
+    page, web = site["format"]["html"], site["website"]
+    light, dark = page["theme"]["light"], page["theme"]["dark"]
+    assert light[1] == dark[1] and page["respect-user-color-scheme"] is True
+    assert int(page["grid"]["body-width"].removesuffix("px")) >= 95 * 9
+    assert not {"code-fold", "code-tools"} & page.keys()  # they put a label above each cell
+    assert page["html-math-method"] == "mathml"
+    style = (ROOT/light[1]).read_text()
+    assert "$web-font-path: false" in style and "://" not in style
+    assert "quarto-dark" in style and "overflow-x: auto" in style
+    for picture in (web["favicon"], web["image"]): assert (ROOT/picture).is_file()
+    assert web["navbar"]["right"][0]["href"] == SETTINGS["git_url"] and web["page-footer"]
+    assert (ROOT/".github"/"CONTRIBUTING.md").is_file()
+    version = SETTINGS["version"]
+    assert f"\n## {version} " in (ROOT/"CHANGELOG.md").read_text()
+    assert yaml.safe_load((ROOT/"CITATION.cff").read_text())["version"] == version
+
+
+def test_what_the_site_gets_besides_the_pages(tmp_path):
+    "A page for wrong addresses, and a list of the lessons for machines"
+    for part in (".ci/site.py", "settings.ini", *(page.relative_to(ROOT) for page in PAGES)):
+        (tmp_path/part).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT/part, tmp_path/part)
+    script = sys.executable, tmp_path/".ci"/"site.py"
+    found = subprocess.run(script, capture_output=True, text=True)
+    assert found.returncode == 1 and "nbdev_docs first" in found.stderr
+    (tmp_path/"_docs").mkdir()
+    (tmp_path/"_docs"/"index.html").touch()
+    run(*script)
+    listed = (tmp_path/"_docs"/"llms.txt").read_text()
+    assert all(f"/nbs/{page.stem}.html): " in listed for page in PAGES[1:])
+    lost = (tmp_path/"_docs"/"404.html").read_text()
+    assert f'href="{SETTINGS["doc_baseurl"]}/"' in lost
 
 
 @each(sorted((ROOT/".github"/"workflows").glob("*")))

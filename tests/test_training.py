@@ -1,7 +1,7 @@
 """Training: batches, loss, resuming; and the shipped model, which training made."""
 import json
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,8 @@ def test_examples_cover_every_kind_and_are_drawn_by_weight():
     last = STAGES[-1].kind_weights
     scenes = map(make_scene, range(300))
     drawn = {e.kind for scene in scenes for e in sample_examples(scene, 2, rng, last)}
-    assert drawn == set(last) == set(KIND_WEIGHTS) | {"segment", "segment_absent", "several"}
+    later = "segment", "segment_absent", "several", "unanswerable"
+    assert drawn == set(last) == {*KIND_WEIGHTS, *later}
 
 
 def test_the_vocabulary_is_the_shipped_one(shipped):
@@ -439,13 +440,35 @@ def test_the_shipped_model_is_made_stage_by_stage(tmp_path, shipped, monkeypatch
     assert history == [dict(step=recipe.steps, stage=i) for i, recipe in enumerate(STAGES, 1)]
 
 
+def test_further_stages_start_from_a_model_of_the_first_ones(tmp_path, shipped, monkeypatch):
+    story = tmp_path / "first" / "history.json"
+    story.parent.mkdir()
+    rows = [dict(step=recipe.steps, stage=i) for i, recipe in enumerate(STAGES[:2], 1)]
+    runs, saved = [], []
+    monkeypatch.setattr(training, "load_model", lambda path: shipped)
+    monkeypatch.setattr(training, "train", lambda *a: runs.append(a[3]) or [dict(step=1)])
+    monkeypatch.setattr(training, "save_trained", lambda *a: saved.append(a))
+    write = lambda stages: story.write_text(json.dumps(dict(
+        stages=[asdict(recipe) for recipe in stages], rows=rows)))
+    write(STAGES[:2])
+    train_tiny(str(tmp_path / "run"), str(story.parent))
+    assert runs == [*STAGES[2:]]
+    (_, model, _, stages, history), = saved
+    assert model is shipped[0] and stages == STAGES and history[:2] == rows
+    assert [row["stage"] for row in history] == [*range(1, len(STAGES) + 1)]
+    for others in ([], STAGES[1:2], [replace(STAGES[0], seed=7)], STAGES + STAGES):
+        write(others)
+        with pytest.raises(ValueError, match=f"first of STAGES, got {len(others)} stages"):
+            train_tiny(str(tmp_path / "run"), str(story.parent))
+
+
 def test_what_is_saved_says_how_it_was_examined(tmp_path, shipped, monkeypatch):
     marks, asked = dict(count=dict(right=0.25, asked=40)), []
     example = Example("count", "p", "2")
     failed = [Marked(seed, example, "3", [], dict(right=0.)) for seed in range(40)]
     monkeypatch.setattr(training, "evaluate",
                         lambda *a: asked.append(a[2:]) or (marks, failed))
-    rows = [dict(step=1, loss=1, seconds=60)]
+    rows = [dict(step=1, loss=1, seconds=60, machine="a lamp")]
     save_trained(tmp_path, *shipped, [Recipe()], rows, num_scenes=9)
     results = json.loads((tmp_path / "results.json").read_text())
     assert asked == [(9,)] and (results["num_scenes"], results["first_seed"]) == (9, HELD_OUT)
@@ -453,7 +476,7 @@ def test_what_is_saved_says_how_it_was_examined(tmp_path, shipped, monkeypatch):
     history = json.loads((tmp_path / "history.json").read_text())
     assert [Recipe(**recipe) for recipe in history["stages"]] == [Recipe()]
     card = (tmp_path / "README.md").read_text()
-    assert "| count | 40 | 0.250 |" in card and "1 minutes" in card
+    assert "| count | 40 | 0.250 |" in card and "1 minutes; a lamp." in card
     shown = [line.split()[1] for line in card.splitlines() if line.endswith("| p | 2 | 3 |")]
     assert shown == [str(seed) for seed in range(0, 40, 4)]  # spread over the failures
 

@@ -1,0 +1,46 @@
+"""Add to a site that nbdev_docs has built what Quarto does not write.
+
+    nbdev_docs && python .ci/site.py      # adds _docs/404.html and _docs/llms.txt
+"""
+import json
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LOST = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>No such page: {title}</title>
+<style>
+  :root {{ color-scheme: light dark; font: 18px/1.6 system-ui, sans-serif; }}
+  body {{ max-width: 34em; margin: 15vh auto; padding: 0 1em; }}
+</style>
+<h1>There is no such page</h1>
+<p>The lesson may have got another number. The <a href="{base}/">front page</a> lists all of
+them, and the search is there, too.</p>
+</html>
+"""
+
+
+def lessons() -> list[tuple[Path, str, str]]: # notebook, title, description
+    found = []
+    for path in sorted((ROOT/"nbs").glob("*.ipynb")):
+        title, *rest = "".join(json.loads(path.read_text())["cells"][0]["source"]).splitlines()
+        found.append((path, title.lstrip("# "), rest[0].lstrip("> ")))
+    return found
+
+
+def main() -> None:
+    config = ConfigParser()
+    config.read(ROOT/"settings.ini", encoding="utf-8")
+    settings, site = config["DEFAULT"], ROOT/config["DEFAULT"].get("doc_path", "_docs")
+    if not (site/"index.html").exists(): sys.exit(f"no site in {site}: run nbdev_docs first")
+    base, address = settings["doc_baseurl"], settings["doc_host"] + settings["doc_baseurl"]
+    (site/"404.html").write_text(LOST.format(title=settings["title"], base=base))
+    lines = "\n".join(f"- [{title}]({address}/nbs/{path.stem}.html): {about}"
+                      for path, title, about in lessons())
+    head = f"# {settings['title']}\n\n> {settings['description']}\n\n## Lessons\n\n"
+    (site/"llms.txt").write_text(f"{head}{lines}\n")
+
+
+if __name__ == "__main__": main()
