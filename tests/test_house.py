@@ -1,6 +1,6 @@
 "Packaging, scripts, the site's sources, and the rules that every notebook and module keeps."
 import ast
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -316,21 +316,39 @@ def test_site_reads_well():
     assert yaml.safe_load((ROOT/"CITATION.cff").read_text())["version"] == version
 
 
+def ci(name):
+    "A module of .ci"
+    spec = importlib.util.spec_from_file_location(f"ci_{name}", ROOT/".ci"/f"{name}.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
 def test_what_the_site_gets_besides_the_pages(tmp_path):
     "A page for wrong addresses, and a list of the lessons for machines"
-    for part in (".ci/site.py", "settings.ini", *(page.relative_to(ROOT) for page in PAGES)):
-        (tmp_path/part).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT/part, tmp_path/part)
-    script = sys.executable, tmp_path/".ci"/"site.py"
-    found = subprocess.run(script, capture_output=True, text=True)
-    assert found.returncode == 1 and "nbdev_docs first" in found.stderr
-    (tmp_path/"_docs").mkdir()
-    (tmp_path/"_docs"/"index.html").touch()
-    run(*script)
-    listed = (tmp_path/"_docs"/"llms.txt").read_text()
+    ci("docs").add(tmp_path)
+    listed = (tmp_path/"llms.txt").read_text()
     assert all(f"/nbs/{page.stem}.html): " in listed for page in PAGES[1:])
-    lost = (tmp_path/"_docs"/"404.html").read_text()
-    assert f'href="{SETTINGS["doc_baseurl"]}/"' in lost
+    assert f'href="{SETTINGS["doc_baseurl"]}/"' in (tmp_path/"404.html").read_text()
+
+
+def test_the_reference_shows_types_as_written():
+    """Each public name: its types and defaults word for word, element types included, a link to
+    its line; no name of `__main__`, and no link inside a table."""
+    from paligemma_nb.opening import Answer, load_model
+    from paligemma_nb.training import Recipe
+    as_written = ci("reference").as_written
+    page = as_written(load_model).data
+    assert "| device | `torch.device \\| str \\| None` | `None` | None: CUDA if" in page
+    assert "| **returns** | `tuple[PaliGemmaForConditionalGeneration, PaliGemmaP" in page
+    assert "### load_model\n\nOpens a folder" in page and re.search(r"opening\.py#L\d+\)", page)
+    assert "| detections | `list[Detection]` |  | what it points at" in as_written(Answer).data
+    assert "| steps | `int` | `6_000` | updates |" in as_written(Recipe).data
+    for name in importlib.import_module("paligemma_nb._modidx").d["syms"]:
+        module = importlib.import_module(name)
+        for public in module.__all__:
+            if not callable(symbol := getattr(module, public)): continue
+            page = as_written(symbol, public).data
+            assert "__main__" not in page and "](" not in page.partition("### ")[2], public
 
 
 @each(sorted((ROOT/".github"/"workflows").glob("*")))
@@ -361,7 +379,8 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")  # what a cell writes is written here
     shutil.copy(ROOT/"settings.ini", folder)
     pages = folder/"pages.json"
-    run(sys.executable, "-c", PROCESS, pages, *PAGES, cwd=folder, env={"IN_TEST": "1"})
+    run(sys.executable, "-c", PROCESS, pages, *PAGES, cwd=folder,
+        env={"IN_TEST": "1", "PYTHONPATH": f"{ROOT}:{ROOT/'.ci'}"})
     return json.loads(pages.read_text())
 
 

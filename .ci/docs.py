@@ -1,9 +1,7 @@
-"""Add to a site that nbdev_docs has built what Quarto does not write.
-
-    nbdev_docs && python .ci/site.py      # adds _docs/404.html and _docs/llms.txt
-"""
+"""Build the site: what nbdev and Quarto write, then 404.html and llms.txt."""
 import json
-import sys
+import os
+import subprocess
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -30,17 +28,23 @@ def lessons() -> list[tuple[Path, str, str]]: # notebook, title, description
     return found
 
 
-def main() -> None:
+def add(site: Path) -> None: # the folder of the pages
     config = ConfigParser()
     config.read(ROOT/"settings.ini", encoding="utf-8")
-    settings, site = config["DEFAULT"], ROOT/config["DEFAULT"].get("doc_path", "_docs")
-    if not (site/"index.html").exists(): sys.exit(f"no site in {site}: run nbdev_docs first")
+    settings = config["DEFAULT"]
     base, address = settings["doc_baseurl"], settings["doc_host"] + settings["doc_baseurl"]
     (site/"404.html").write_text(LOST.format(title=settings["title"], base=base))
     lines = "\n".join(f"- [{title}]({address}/nbs/{path.stem}.html): {about}"
                       for path, title, about in lessons())
     head = f"# {settings['title']}\n\n> {settings['description']}\n\n## Lessons\n\n"
     (site/"llms.txt").write_text(f"{head}{lines}\n")
+
+
+def main() -> None:
+    # settings.ini names a renderer, which stands beside this file
+    subprocess.run("nbdev_docs", cwd=ROOT, check=True,
+                   env=os.environ | {"PYTHONPATH": str(ROOT/".ci")})
+    add(ROOT/"_docs")
 
 
 if __name__ == "__main__": main()
