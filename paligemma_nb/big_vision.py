@@ -20,7 +20,7 @@ from .checkpoint import (check_processor, check_shapes, check_target, empty_mode
                                      float_dtype, save_model, usable_device)
 from .gemma import GemmaConfig
 from .gemma2 import Gemma2Config
-from .hub import needed_files, refuse_pointers
+from .hub import needed_files, refuse_pointers, replacing
 from .paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
 from .siglip import SiglipVisionConfig
@@ -285,18 +285,14 @@ def write_npz(
     if sizes["H"] == sizes["K"]:
         raise ValueError(f"expected fewer key-value heads than the {sizes['H']} query heads")
     header = dict(descr=np.lib.format.dtype_to_descr(stored), fortran_order=False)
-    new = path.with_name(f".{path.name}.new")
-    try:
-        with zipfile.ZipFile(new, "w") as npz:
-            for s in SPELLINGS[model.config.text_config.model_type]:
-                with npz.open(f"params/{s.key}.npy", "w", force_zip64=True) as file:
-                    np.lib.format.write_array_header_1_0(
-                        file, header | dict(shape=_shape(s, sizes)))
-                    for i in range(sizes[s.axes[0]] if "*" in s.names[0] else 1):
-                        for x in (tensors[name.replace("*", str(i))] for name in s.names):
-                            file.write(_as_bytes(from_published(x, s.one_axes, s.ours, sizes)))
-        new.replace(path)
-    finally: new.unlink(missing_ok=True)
+    with replacing(path) as new, zipfile.ZipFile(new, "w") as npz:
+        for s in SPELLINGS[model.config.text_config.model_type]:
+            with npz.open(f"params/{s.key}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(
+                    file, header | dict(shape=_shape(s, sizes)))
+                for i in range(sizes[s.axes[0]] if "*" in s.names[0] else 1):
+                    for x in (tensors[name.replace("*", str(i))] for name in s.names):
+                        file.write(_as_bytes(from_published(x, s.one_axes, s.ours, sizes)))
 
 # %% ../nbs/20_big_vision.ipynb #83170e4e
 def load_npz(

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['FLOATS', 'published_key', 'check_shapes', 'empty_model', 'read_config', 'WeightFiles', 'load_weights', 'float_dtype',
-           'usable_device', 'check_processor', 'empty_checkpoint', 'load_checkpoint', 'check_target', 'write_folder',
-           'save_model']
+           'usable_device', 'check_processor', 'empty_checkpoint', 'load_checkpoint', 'save_tensors', 'check_target',
+           'write_folder', 'save_model']
 
 # %% ../nbs/14_checkpoint.ipynb #dc067b94
-import json
 import os
 import re
 import shutil
@@ -21,8 +20,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .hub import (
-    INDEX, WEIGHTS, ModelFolder, find_model, find_weights, first_line, new_and_old,
-    read_index, read_json, recover, refuse_pointers, shorten)
+    INDEX, WEIGHTS, ModelFolder, find_model, find_weights, first_line, new_and_old, read_index,
+    read_json, recover, refuse_pointers, replacing, shorten, write_json)
 from .paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
 
@@ -277,28 +276,26 @@ def _keep_other_files(old, new):
                     dirs_exist_ok=True)
 
 # %% ../nbs/14_checkpoint.ipynb #2faf7979
-def _write_json(path, content):
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def save_tensors(
+    tensors: dict[str, Tensor],
+    path: Path, # a .safetensors file
+    metadata: dict[str, str] = {"format": "pt"}, # as transformers wants it
+):
+    "Writes a file that others may read, too: as safetensors makes it, only its owner may."
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({name: x.detach().contiguous() for name, x in tensors.items()}, path, metadata)
+    path.chmod(mode)
 
 
 def _write_weights(tensors, folder, max_shard_size):
-    shards, size = [{}], 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_shard_size:
-            shards, size = [*shards, {}], 0
-        shards[-1][name] = tensor.detach().contiguous()
-        size += tensor.nbytes
-    n = len(shards)
-    files = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
-    if n == 1: files = [WEIGHTS]
-    for file, shard in zip(files, shards):
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        # else only the owner may read it
-        shutil.copymode(folder / "config.json", folder / file)
-    if n == 1: return
-    _write_json(folder / INDEX, dict(
-        metadata=dict(total_size=sum(tensor.nbytes for tensor in tensors.values())),
-        weight_map={name: file for file, shard in zip(files, shards) for name in shard}))
+    from huggingface_hub import split_torch_state_dict_into_shards  # not to open a folder
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        save_tensors({name: tensors[name] for name in names}, folder / file)
+    if split.is_sharded:
+        index = dict(metadata=split.metadata, weight_map=split.tensor_to_filename)
+        write_json(folder / INDEX, index)
 
 # %% ../nbs/14_checkpoint.ipynb #ff96fd9c
 def check_target(path: Path):
@@ -330,7 +327,7 @@ def write_folder(
     shutil.rmtree(new, ignore_errors=True)  # what a kill may have left
     try:
         new.mkdir(parents=True)
-        _write_json(new / "config.json", config)
+        write_json(new / "config.json", config)
         processor.save_pretrained(new)
         _write_weights(tensors, new, max_shard_size)
         if path.exists():

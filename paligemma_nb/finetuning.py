@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'FinetuneRecipe', 'default_rate', 'prepare', 'own_answers'
 
 # %% ../nbs/35_finetuning.ipynb #ft000002
 # LoRA: arXiv 2106.09685. Transfer as PaliGemma does it: 2407.07726, appendix J.
-import hashlib, json, math, os, re
+import hashlib, json, math, re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,17 +18,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.optim import AdamW
 from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 
-from .checkpoint import save_model
+from .checkpoint import save_model, save_tensors
 from .datasets import TASKS, PictureDataset, Row, collate, open_dataset, report
 from .detection import Detection, average_precision, box_iou, draw_detections
 from .generation import generate, is_finished
-from .hub import SHIPPED, first_line
+from .hub import SHIPPED, first_line, replacing
 from .lora import add_lora, save_adapter
 from .opening import answer, load_model, read_objects
 from .paligemma import PaliGemmaForConditionalGeneration
@@ -268,9 +268,8 @@ def _evaluate(model, processor, valid, recipe, best, history): # keeps the best 
     if valid is None: return None
     marks = measure_rows(model, processor, valid, autocast=recipe.autocast)[0]
     if all(_rank(dict(marks=marks)) > _rank(row) for row in history):
-        weights = {n: p.detach().contiguous() for n, p in learning_weights(model).items()}
-        save_file(weights, aside := best.with_suffix(".partial"))
-        os.replace(aside, best)  # before the state: after a kill in between it is repeated
+        # before the state: after a kill in between it is repeated
+        with replacing(best) as new: save_tensors(learning_weights(model), new)
     return marks
 
 # %% ../nbs/35_finetuning.ipynb #ft000017

@@ -5,10 +5,13 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'INDEX', 'PICTURES', 'SHIPPED', 'MASK_VAE', 'PARTS', 'first_line', 'shorten', 'is_pointer',
            'refuse_pointers', 'read_json', 'read_index', 'needed_files', 'missing_files', 'what_else', 'find_weights',
-           'read_quantization', 'new_and_old', 'recover', 'find_folder', 'find_processor', 'ModelFolder', 'find_model']
+           'read_quantization', 'write_json', 'replacing', 'new_and_old', 'recover', 'find_folder', 'find_processor',
+           'ModelFolder', 'find_model']
 
 # %% ../nbs/13_hub.ipynb #c13a0004
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -218,6 +221,21 @@ def _fetch(name, revision, parts):
     return cached  # all that is needed is there
 
 # %% ../nbs/13_hub.ipynb #c13a0069
+def write_json(path: Path, content: dict):
+    "Writes a JSON object, one entry a line."
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]: # where to write the new file
+    "An old file at `path` stays until the new one is complete, and for good if it fails."
+    new = path.with_name(f".{path.name}.new")
+    try:
+        yield new
+        new.replace(path)
+    finally: new.unlink(missing_ok=True)
+
+
 def new_and_old(path: Path) -> tuple[Path, Path]:
     "The names of a folder while it is being written, and of the one that it replaces."
     return path.parent / f".{path.name}.new", path.parent / f".{path.name}.old"

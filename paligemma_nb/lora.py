@@ -11,17 +11,16 @@ __all__ = ['ATTENTION', 'MLP', 'CONFIG', 'WEIGHTS', 'add_lora', 'lora_layers', '
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from .checkpoint import published_key
+from .checkpoint import published_key, save_tensors
 from .hub import (
-    SHIPPED, find_folder, first_line, read_json, refuse_pointers, shorten)
+    SHIPPED, find_folder, first_line, read_json, refuse_pointers, replacing, shorten)
 from .paligemma import PaliGemmaForConditionalGeneration
 from .quantization import Int4Linear, Int8Linear, replace_modules
 
@@ -127,18 +126,12 @@ def save_adapter(
         config["base_model_name_or_path"] = str(base)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    config_path, weights_path = paths = folder / CONFIG, folder / WEIGHTS
-    new_config, new_weights = parts = [path.with_suffix(".new") for path in paths]
-    try:
+    config_path = folder / CONFIG
+    with replacing(config_path) as new_config, replacing(folder / WEIGHTS) as new_weights:
         new_config.write_text(text, encoding="utf-8")
-        save_file(tensors, new_weights, metadata={"format": "pt"})
-        shutil.copymode(new_config, new_weights)  # save_file's own lets nobody else read
+        save_tensors(tensors, new_weights)
         if config_path.is_file() and config_path.read_text(encoding="utf-8") != text:
-            config_path.unlink()  # it would not fit the new weights
-        new_weights.replace(weights_path)
-        new_config.replace(config_path)
-    finally:
-        for path in parts: path.unlink(missing_ok=True)
+            config_path.unlink()  # it would not fit the new weights, which come first
 
 # %% ../nbs/23_lora.ipynb #lo10
 _KNOWN = set("""auto_mapping base_model_name_or_path exclude_modules inference_mode

@@ -7,18 +7,19 @@ __all__ = ['UNSEEN', 'CodebookTrainer', 'rasterize', 'random_mask', 'make_masks'
            'train_mask_vae', 'unseen_mask', 'held_out_masks', 'evaluate_mask_vae', 'measure_mask_vae']
 
 # %% ../nbs/32_mask_training.ipynb #c32a0005
-import json, math, os, time
+import json, math, time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .checkpoint import save_tensors
 from .detection import NUM_CODES, mask_iou
+from .hub import replacing
 from .scenes import HELD_OUT, SHAPES, make_scene
 from .segmentation import (MASK_SIZE, Codebook, MaskVAE, load_mask_vae,
                                        object_mask)
@@ -131,11 +132,8 @@ def save_mask_vae(
     history: list[dict], # what JSON can hold; kept as metadata
 ):
     "Writes the tensors as float16."
-    aside, tensors = path.with_suffix(".partial"), vae.state_dict().items()
-    save_file({n: t.half().contiguous() for n, t in tensors}, aside,
-              {"history": json.dumps(history)})
-    aside.chmod(0o644)  # safetensors makes it readable for its owner alone
-    os.replace(aside, path)
+    tensors = {name: x.half() for name, x in vae.state_dict().items()}
+    with replacing(path) as new: save_tensors(tensors, new, {"history": json.dumps(history)})
 
 # %% ../nbs/32_mask_training.ipynb #32bce5e0
 def _update(vae, trainer, optimizer, masks, step, steps): # -> the loss, without commitment

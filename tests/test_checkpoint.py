@@ -883,7 +883,7 @@ def test_save_refuses(model, processor, folder, tmp_path):
     assert files(tmp_path) == ["model", "photos"]
 
 
-@pytest.mark.parametrize("step", ["save_file", "_keep_other_files", "_write_json"])
+@pytest.mark.parametrize("step", ["save_file", "_keep_other_files", "write_json"])
 def test_failed_save_changes_nothing(model, processor, folder, monkeypatch, step):
     def full(*args, **kwargs): raise OSError("no space left on device")
     before = {name: (folder/name).read_bytes() for name in files(folder)}

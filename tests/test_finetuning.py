@@ -260,7 +260,7 @@ def test_killed_and_resumed(kills, patience, small, tmp_path):
         assert run_until(moment, call)
         run_until(rng.integers(total), call)  # and a second time, if it is not over before
         same(call(), whole)
-        assert not [*(tmp_path / f"run{k}").glob("*.partial")]
+        assert not [*(tmp_path / f"run{k}").glob(".*")]
 
 
 def test_the_best_is_kept(small, tmp_path):

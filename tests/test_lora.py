@@ -467,7 +467,7 @@ def test_a_full_disk_leaves_the_old_adapter(saved, monkeypatch):
     old = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def full(*args, **kwargs): raise OSError(28, "No space left on device")
-    monkeypatch.setattr("paligemma_nb.lora.save_file", full)
+    monkeypatch.setattr("paligemma_nb.checkpoint.save_file", full)
     with pytest.raises(OSError): save_adapter(adapted(model), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == old
 

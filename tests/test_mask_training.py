@@ -1,6 +1,7 @@
 "Masks to learn from, a gradient past a choice, codes that do not die, and the shipped file."
 import json
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,8 +81,7 @@ def test_training_runs_learns_and_writes_aside(tmp_path, monkeypatch):
     vae, masks = load_mask_vae(path), make_masks(np.random.default_rng(HELD_OUT), 32)
     assert (vae.decode(vae.encode(masks)) - (2 * masks - 1)).square().mean() < 0.8
     before = path.read_bytes()
-    monkeypatch.setattr(mask_training.os, "replace",
-                        lambda *_: (_ for _ in ()).throw(OSError("killed")))
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
     with pytest.raises(OSError, match="killed"): mask_training.save_mask_vae(vae, path, [])
     assert path.read_bytes() == before
 

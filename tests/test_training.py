@@ -386,7 +386,7 @@ def test_a_save_cut_short_leaves_the_old_state(tmp_path, fresh, monkeypatch):
     def killed(tensors, file, metadata):
         Path(file).write_bytes(b"half")
         raise KeyboardInterrupt
-    monkeypatch.setattr("paligemma_nb.training.save_file", killed)
+    monkeypatch.setattr("paligemma_nb.checkpoint.save_file", killed)
     with pytest.raises(KeyboardInterrupt): save_state(path, fresh, optimizers, 8, recipe, [])
     assert load_state(path, fresh, optimizers, recipe) == (7, [])
 
@@ -416,7 +416,7 @@ def test_a_state_from_before_a_setting_was_there_has_its_default(tmp_path, fresh
         theirs = json.loads(metadata["recipe"])
         del theirs["autocast"]
         write(tensors, file, metadata | dict(recipe=json.dumps(theirs)))
-    monkeypatch.setattr("paligemma_nb.training.save_file", without)
+    monkeypatch.setattr("paligemma_nb.checkpoint.save_file", without)
     save_state(path, fresh, optimizers, 7, recipe, [])
     assert load_state(path, fresh, optimizers, recipe) == (7, [])
     with pytest.raises(ValueError, match="expected autocast False, got True"):
