@@ -17,7 +17,7 @@ from .generation import check_finite, check_inputs, is_eos
 # %% ../nbs/12_attention.ipynb #a7700017
 def _read_answer(model, inputs, ids):
     "One pass over prompts and answers: logits [b, t, v] that chose ids, ids, what has ended."
-    config, device = model.config, model.language_model.model.norm.weight.device
+    config, device = model.config, model.device
     inputs = {name: x.to(device) for name, x in inputs.items()}
     prompt, ids, v = inputs["input_ids"], ids.to(device), config.text_config.vocab_size
     if ids.ndim != 2 or len(ids) != len(prompt) or not ids.shape[1]:

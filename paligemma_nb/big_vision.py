@@ -307,7 +307,7 @@ def load_npz(
     Raises `FileNotFoundError` for a missing file and `ValueError` for what does not fit, as
     `read_npz` does, and for an unknown device or dtype."""
     path, home = Path(npz_path), Path(tokenizer_folder)
-    device, dtype = usable_device(device), None if dtype is None else float_dtype(dtype)
+    device, dtype = usable_device(device), float_dtype(dtype)
     headers = _read_headers(path)
     refuse_pointers(home, needed_files(home, ("tokenizer", "pictures")))
     theirs = PaliGemmaProcessor.from_pretrained(home)

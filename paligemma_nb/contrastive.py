@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .checkpoint import WeightFiles, check_shapes, float_dtype, usable_device
-from .hub import find_folder, read_json
-from .paligemma import _from_section
+from .checkpoint import (
+    WeightFiles, check_shapes, float_dtype, read_config, shapes_of, usable_device)
+from .hub import find_folder
+from .paligemma import read_section
 from .processing import PaliGemmaProcessor, image_to_tensor
 from .scenes import Scene, make_scene
 from .siglip import (
@@ -198,8 +199,8 @@ class SiglipConfig:
                 raise ValueError(f"{name}: expected a tanh-GELU and a pooling head, got "
                                  f"hidden_act {act!r}, "
                                  f"vision_use_head {part.get('vision_use_head', True)}")
-        return cls(_from_section(SiglipTextConfig, "text_config", parts["text_config"]),
-                   _from_section(SiglipVisionConfig, "vision_config", parts["vision_config"]))
+        return cls(read_section(SiglipTextConfig, "text_config", parts["text_config"]),
+                   read_section(SiglipVisionConfig, "vision_config", parts["vision_config"]))
 
 # %% ../nbs/33_contrastive.ipynb #c33a0056
 class SiglipModel(nn.Module):
@@ -238,15 +239,11 @@ def load_siglip(
 
     Raises FileNotFoundError where a file is missing; ValueError for a config of another kind
     of model, and for tensors that are missing, surplus or of another shape."""
-    device, folder = usable_device(device), find_folder(model_path, parts=["weights"])
-    dtype = None if dtype is None else float_dtype(dtype)
-    content = read_json(path := folder / "config.json")
-    try: config = SiglipConfig.from_dict(content)
-    except (ValueError, TypeError, ZeroDivisionError) as e:
-        raise ValueError(f"{path}: {e}") from None
-    with torch.device("meta"): model = SiglipModel(config)
+    device, dtype = usable_device(device), float_dtype(dtype)
+    folder = find_folder(model_path, parts=["weights"])
+    with torch.device("meta"): model = SiglipModel(read_config(folder, SiglipConfig))
     files, state = WeightFiles(folder), model.state_dict()
-    check_shapes({n: tuple(p.shape) for n, p in state.items()}, files.shapes, files.path)
+    check_shapes(shapes_of(state), files.shapes, files.path)
     model.load_state_dict({n: files[n].to(device, dtype) for n in state}, assign=True)
     return model.eval()
 

@@ -203,17 +203,17 @@ def _answers_only(logits, ended, config): # [b, v], bool [b]
 # %% ../nbs/11_generation.ipynb #1170221e
 @torch.inference_mode()
 def _decode(model, inputs, max_new_tokens, choose, penalty, processors, stop):
-    config, weight = model.config, model.language_model.model.norm.weight
-    inputs = {name: x.to(weight.device) for name, x in inputs.items()}
+    config, device = model.config, model.device
+    inputs = {name: x.to(device) for name, x in inputs.items()}
     images = {name: x for name, x in inputs.items() if name not in _TEXT}
     text, ids = config.text_config, inputs["input_ids"]
     tokens, (b, t) = ids, ids.shape
     cache = KVCache(text.num_hidden_layers, b, text.num_key_value_heads, t + max_new_tokens,
-                    text.head_dim, weight.dtype, weight.device)
-    mask = torch.ones(b, cache.max_length, dtype=torch.bool, device=weight.device)
+                    text.head_dim, model.dtype, device)
+    mask = torch.ones(b, cache.max_length, dtype=torch.bool, device=device)
     mask[:, :t] = inputs.get("attention_mask", mask[:, :t])
     padded = not mask.all()  # without padding there is no mask, and attention is faster
-    ended = torch.zeros(b, dtype=torch.bool, device=weight.device)
+    ended = torch.zeros(b, dtype=torch.bool, device=device)
     if penalty != 1: processors = [_repetition(config, mask, penalty), *processors]
     for step in range(1, max_new_tokens + 1):
         visible = mask[:, :t + step - 1] if padded else None

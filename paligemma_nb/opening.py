@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
-from .checkpoint import _state, load_checkpoint
+from .checkpoint import file_state, load_checkpoint
 from .generation import generate, is_finished
 from .hub import MASK_VAE, ModelFolder, find_folder, find_model, needed_files
 from .lora import CONFIG, WEIGHTS, find_adapter, load_adapter, merge_adapter
@@ -68,7 +68,7 @@ def load_model(
 # %% ../nbs/24_opening.ipynb #c24a0012
 def _warn_of_slow(model):
     weights = model.quantization["weights"]
-    if model.language_model.model.norm.weight.dtype == torch.float32:
+    if model.dtype == torch.float32:
         warnings.warn(f"in float32, {weights} weights save memory and no time; "
                       "dtype='bfloat16' is faster", stacklevel=3)
     elif weights == "int4" and not int4_pays():
@@ -164,7 +164,7 @@ def ask(
     folder, adapter = find_folder(base).resolve(), adapter and adapter.resolve()
     files = [folder / name for name in (*needed_files(folder), MASK_VAE)]
     if adapter: files += [adapter / CONFIG, adapter / WEIGHTS]
-    states = tuple(_state(path) for path in files if path.is_file())
+    states = tuple(file_state(path) for path in files if path.is_file())
     model, processor, vae, doubt = _opened(folder, adapter, states)
     answers = answer(model, processor, images, prompts, vae, max_new_tokens=max_new_tokens)
     if doubt and any("<seg" in found.text for found in answers):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PaliGemmaConfig', 'PaliGemmaMultiModalProjector', 'merge_image_features', 'prefix_lm_mask', 'decoder_mask',
-           'suffix_loss', 'PaliGemmaOutput', 'PreTrainedModel', 'PaliGemmaForConditionalGeneration']
+           'suffix_loss', 'PaliGemmaOutput', 'PreTrainedModel', 'PaliGemmaForConditionalGeneration', 'read_section']
 
 # %% ../nbs/07_paligemma.ipynb #69f169e7
 import dataclasses
@@ -59,7 +59,7 @@ class PaliGemmaConfig:
             raise ValueError(f"expected a PaliGemma config, but it lacks {', '.join(missing)}")
         vision, text = d["vision_config"], d["text_config"]
         ids = {k: text.get(k) if d.get(k) is None else d[k] for k in _IDS[1:]}
-        return cls(_from_section(SiglipVisionConfig, "vision_config", vision),
+        return cls(read_section(SiglipVisionConfig, "vision_config", vision),
                    _read_text(text), d["image_token_index"], mask_vae=d.get("mask_vae"),
                    **{k: v for k, v in ids.items() if v is not None})
 
@@ -353,8 +353,12 @@ class PaliGemmaForConditionalGeneration(PreTrainedModel):
         return PaliGemmaOutput(logits, None if labels is None else suffix_loss(logits, labels))
 
 # %% ../nbs/07_paligemma.ipynb #e071a770
-def _from_section(cls, section: str, d: dict):
-    "Reads a config dataclass from a section of `config.json`; ignores keys it does not know."
+def read_section(
+    cls: type,    # a config's dataclass
+    section: str, # its name in config.json, for errors
+    d: dict,      # its content; keys that cls does not know are ignored
+): # a cls
+    "Raises ValueError if a size is missing or the activation is another than the tanh-GELU."
     names = {f.name for f in dataclasses.fields(cls)}
     required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
     if missing := sorted(required - d.keys()):
@@ -394,4 +398,4 @@ def _read_text(section: dict) -> GemmaConfig:
     if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
         raise ValueError(f"text_config: expected rope_type 'default', got {rope_type!r}")
     text.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))
-    return _from_section(text_class, "text_config", text)
+    return read_section(text_class, "text_config", text)

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoint import (
-    FLOATS, WeightFiles, _shapes, check_shapes, empty_checkpoint, load_checkpoint, save_model)
+from paligemma_nb.checkpoint import (
+    FLOATS, WeightFiles, check_shapes, empty_checkpoint, load_checkpoint, save_model,
+    shapes_of)
 from .gemma import GemmaEmbedding
 from .hub import ModelFolder
 from .kernels import _scratch, _seconds, _with_rest, in_bytes, kernels
@@ -295,16 +296,14 @@ def replace_modules(
 
 # %% ../nbs/21_quantization.ipynb #b13c
 def _check_request(model, weights, group_size, rows):
-    text = model.language_model.model
     if weights not in ("int8", "int4"):
         raise ValueError(f"weights: expected 'int8' or 'int4', got {weights!r}")
     if group_size not in (32, 64, 128, 256):
         raise ValueError(f"group_size: expected 32, 64, 128 or 256, got {group_size}")
     if rows not in (None, 32, 64): raise ValueError(f"rows: expected 32 or 64, got {rows}")
-    if text.norm.weight.device.type not in ("cpu", "meta"):
-        raise ValueError("int8 and int4 weights run on the CPU; "
-                         f"this model is on {text.norm.weight.device}")
-    if not isinstance(text.embed_tokens, GemmaEmbedding):
+    if model.device.type not in ("cpu", "meta"):
+        raise ValueError(f"int8 and int4 weights run on the CPU; this model is on {model.device}")
+    if not isinstance(model.language_model.model.embed_tokens, GemmaEmbedding):
         raise ValueError(f"weights are {weights_of(model)} already")
     if hasattr(model, "peft_config"): raise ValueError("merge the model's adapter first")
 
@@ -351,9 +350,8 @@ def weights_of(
         matrices = sum(hasattr(m, "few") for m in decoder)
         if settings["weights"] == "int8" or four == matrices: return settings["weights"]
         return f"int4 ({matrices - four} of {matrices} matrices have eight bits)"
-    dtype = str(model.language_model.model.norm.weight.dtype).removeprefix("torch.")
-    head = model.language_model.model.embed_tokens
-    return dtype + ", packed" * (not isinstance(head, GemmaEmbedding))
+    packed = not isinstance(model.language_model.model.embed_tokens, GemmaEmbedding)
+    return str(model.dtype).removeprefix("torch.") + ", packed" * packed
 
 # %% ../nbs/21_quantization.ipynb #b16
 def load_quantized(
@@ -371,7 +369,7 @@ def load_quantized(
                          f"`save_model` writes it, got {e}") from None
     files = WeightFiles(found.path, FLOATS | dict(I8=torch.int8, U8=torch.uint8))
     expected = model.state_dict()
-    check_shapes(_shapes(expected), files.shapes, files.path)
+    check_shapes(shapes_of(expected), files.shapes, files.path)
     # copies: kernels want aligned rows, but in the mapped file a tensor may begin anywhere
     tensors = {name: files[name].clone() for name in expected}
     for name, x in expected.items():

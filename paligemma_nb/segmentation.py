@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import paligemma_nb
-from .checkpoint import check_shapes
+from .checkpoint import check_shapes, shapes_of
 from .detection import MASK_LENGTH, NUM_CODES, Detection, check_box, parse_boxes
 from .hub import MASK_VAE, refuse_pointers
 from .paligemma import PaliGemmaConfig
@@ -133,8 +133,7 @@ def load_mask_vae(
     for n, t in tensors.items():  # JAX's HWIO or (transposed) HWOI to torch's OIHW or IOHW
         turned = t.permute(3, 2, 0, 1) if t.ndim == 4 else t
         if n in expected and turned.shape == expected[n].shape: tensors[n] = turned
-    shapes = ({n: tuple(t.shape) for n, t in found.items()} for found in (expected, tensors))
-    check_shapes(*shapes, path)
+    check_shapes(shapes_of(expected), shapes_of(tensors), path)
     vae.load_state_dict(tensors)
     return vae.eval().requires_grad_(False)
 
