@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from .hub import (
     INDEX, WEIGHTS, ModelFolder, find_model, find_weights, first_line, new_and_old, read_index,
-    read_json, recover, refuse_pointers, replacing, shorten, write_json)
+    read_json, recover, refuse_pointers, shorten, write_json)
 from .paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
 

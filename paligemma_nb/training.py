@@ -9,7 +9,7 @@ __all__ = ['STAGES', 'VALIDATION', 'tiny_processor', 'tiny_config', 'Recipe', 'm
 
 # %% ../nbs/31_training.ipynb #b4401bc0
 # Papers: PaliGemma, arXiv 2407.07726; Muon, arXiv 2502.16982.
-import json, math, os
+import json, math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
@@ -21,15 +21,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW, Muon, Optimizer
 from tqdm import tqdm
 
 from . import load_model, save_model
+from .checkpoint import save_tensors
 from .gemma import GemmaConfig
-from .hub import read_json
+from .hub import read_json, replacing, write_json
 from .paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor, train_tokenizer
 from .scenes import HELD_OUT, make_scene
@@ -256,15 +256,13 @@ def learning_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 def save_state(path: Path, model: nn.Module, optimizers: dict[str, Optimizer], step: int,
                recipe: Recipe, history: list[dict]): # step: the next one
     "All that a stopped run needs to continue. A kill leaves the old file or the new one."
-    tensors = {f"model/{n}": p.detach() for n, p in learning_weights(model).items()}
+    tensors = {f"model/{n}": p for n, p in learning_weights(model).items()}
     for name, optimizer in optimizers.items():
         for i, state in optimizer.state_dict()["state"].items():
             tensors |= {f"{name}/{i}/{key}": torch.as_tensor(x) for key, x in state.items()}
     metadata = dict(step=step, recipe=asdict(recipe), history=history)
-    aside = path.with_suffix(".partial")
-    save_file({n: t.contiguous() for n, t in tensors.items()}, aside,
-              {key: json.dumps(value) for key, value in metadata.items()})
-    os.replace(aside, path)
+    with replacing(path) as new:
+        save_tensors(tensors, new, {key: json.dumps(x) for key, x in metadata.items()})
 
 # %% ../nbs/31_training.ipynb #37f6c52b
 def load_state(path: Path, model: nn.Module, optimizers: dict[str, Optimizer],
@@ -356,7 +354,7 @@ def save_trained(folder: Path, model, processor, stages: tuple[Recipe, ...],
     story = dict(stages=[asdict(recipe) for recipe in stages], rows=history)
     save_model(model, processor, folder)
     (folder / "history.json").write_text(json.dumps(story))
-    (folder / "results.json").write_text(json.dumps(results, indent=2))
+    write_json(folder / "results.json", results)
     card = model_card(model, processor, stages, history, results, answers)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
