@@ -30,7 +30,7 @@ from .detection import Detection, average_precision, box_iou, draw_detections
 from .generation import generate, is_finished
 from .hub import SHIPPED, first_line, replacing
 from .lora import add_lora, save_adapter
-from .opening import answer, load_model, read_objects
+from .opening import answer, in_batches, load_model, read_objects
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
 from .scenes import HELD_OUT
@@ -117,8 +117,7 @@ def own_answers(
     forgotten. Answers that are empty or cut off are left out."""
     first = {row.picture: i for i, row in reversed([*enumerate(dataset.rows)])}
     chosen, rows = sorted(first.values())[:most], []
-    for start in tqdm(range(0, len(chosen), 16), desc="own answers", leave=False):
-        some = chosen[start:start + 16]
+    for some in tqdm(in_batches(chosen, 16), desc="own answers", leave=False):
         asked = [(dataset.rows[i], prompt) for i in some for prompt in prompts]
         found = answer(model, processor, [dataset[i][0] for i in some], list(prompts))
         rows += [Row(row.picture, prompt, own.text.strip(), row.place, row.size)
@@ -213,8 +212,7 @@ def measure_rows(
     training, judged, cost, tokens = model.training, [], 0.0, 0
     model.eval()
     order = sorted(range(len(dataset)), key=lambda i: len(dataset.rows[i].suffix))
-    for start in tqdm(range(0, len(order), batch_size), desc="measure", leave=False):
-        part = order[start:start + batch_size]
+    for part in tqdm(in_batches(order, batch_size), desc="measure", leave=False):
         rows = [dataset[i] for i in part]
         batch = collate(processor, rows).to(model.device)
         n = int((batch["labels"] != -100).sum())

@@ -176,8 +176,7 @@ def answer(
     Exit code: 0 all answered, 1 some, 2 none or bad flags."""
     job = prepare(locals())
     from paligemma_nb.quantization import weights_of
-    where = next(job.model.parameters()).device
-    say("device", f"{where}, weights: {weights_of(job.model)}")
+    say("device", f"{job.model.device}, weights: {weights_of(job.model)}")
     answered = answer_pictures(job)
     if answered and output_image: say("written", output_image)
     return 0 if answered == len(job.paths) else 1 if answered else 2
@@ -193,7 +192,6 @@ class Job:
     model: object
     processor: object
     prompts: list[str]
-    texts: dict                 # the processor's tensors of the prompts
     settings: dict              # for generate_tokens
 
     def streams(self) -> bool: # do words appear as they come? A table's widths are known last
@@ -242,12 +240,11 @@ def prepare(values: dict) -> Job: # the parameters of answer, by name
     weights = values["quantize"] or "packed"
     model, processor = load_model(base, **parts, weights=weights)
     if weights != "packed" and adapter is None: pack(model)
-    texts = processor([Image.new("RGB", (1, 1))] * len(prompts), prompts)
+    inputs = processor([Image.new("RGB", (1, 1))] * len(prompts), prompts)
     settings = {name: values[name] for name in ("do_sample", "temperature", "top_p")}
     settings["max_new_tokens"] = values["max_tokens_to_generate"]
-    generate_tokens(model, texts, **settings)  # raises ValueError if they do not fit
-    del texts["pixel_values"]
-    job = Job(values, paths, targets, image, model, processor, prompts, texts, settings)
+    generate_tokens(model, inputs, **settings)  # raises ValueError if they do not fit
+    job = Job(values, paths, targets, image, model, processor, prompts, settings)
     if values["mask_vae"]: job.vae  # a broken file shows now
     return job
 
@@ -269,13 +266,9 @@ def answer_batch(job: Job, images: list[Image.Image]) -> list[list[tuple]]:
     """For each picture, and each prompt about it: the answer, whether it was cut off, and when
     sampling the token probabilities. Raises ValueError where logits are not finite."""
     import torch
-    from paligemma_nb import attention, generation
-    n, device, rows = len(job.prompts), next(job.model.parameters()).device, []
-    pixels = job.processor(images, job.prompts[:1] * len(images))["pixel_values"]
-    with torch.inference_mode(): features = job.model.get_image_features(pixels.to(device))
-    for part in torch.arange(len(images) * n).split(job.values["batch_size"]):
-        inputs = {name: x[part % n] for name, x in job.texts.items()}
-        inputs["image_features"] = features[part.to(device) // n]
+    from paligemma_nb import attention, generation, opening
+    rows, asked = [], (images, job.prompts, job.values["batch_size"])
+    for _, inputs in opening.answer_inputs(job.model, job.processor, *asked):
         steps, new = [], generation.generate_tokens(job.model, inputs, **job.settings)
         new = (steps.append(ids) or ids for ids in new)  # kept on their way to the screen
         if job.streams(): print_stream(generation._pieces(job.processor, new))
@@ -283,24 +276,22 @@ def answer_batch(job: Job, images: list[Image.Image]) -> list[list[tuple]]:
         ids = torch.stack(steps, dim=1)  # [b, t]
         probs = [None] * len(ids)
         if job.settings["do_sample"] and not job.streams():
-            found = attention.answer_probs(job.model, inputs, ids).tolist()
-            probs = [list(zip(attention.token_ends(job.processor, row), p))
-                     for row, p in zip(ids.tolist(), found)]
+            probs = attention.token_probs(job.model, job.processor, inputs, ids)
         cut_off = (~generation.is_finished(ids, job.model.config)).tolist()
         rows += zip(job.processor.decode(ids), cut_off, probs)
-    return [rows[i:i + n] for i in range(0, len(rows), n)]
+    return opening.in_batches(rows, len(job.prompts))
 
 # %% ../nbs/49_inference.ipynb #568b9986
 def answer_pictures(job: Job) -> int: # how many pictures were answered
     "In order, batch by batch, printed and drawn. What fails is a line on stderr."
-    from paligemma_nb.opening import read_objects
+    from paligemma_nb.opening import in_batches, read_objects
     from tqdm import tqdm  # its write() prints lines without tearing the bar
     size, answered = max(1, job.values["batch_size"] // len(job.prompts)), 0
     tasks, silent = list(zip(job.paths, job.targets)), bool(job.image) or None
     with tqdm(total=len(tasks), unit="picture", disable=silent) as bar:  # None: no terminal
-        for start in range(0, len(tasks), size):
+        for batch in in_batches(tasks, size):
             opened = []
-            for path, target in tasks[start:start + size]:
+            for path, target in batch:
                 try: opened.append((path, target, job.image or open_picture(path)))
                 except (ValueError, OSError) as error: say("error", error)
             try:
@@ -321,7 +312,7 @@ def answer_pictures(job: Job) -> int: # how many pictures were answered
                     answered += 1
                 except ValueError as error: say("error", error)
             sys.stdout.flush()
-            bar.update(len(tasks[start:start + size]))
+            bar.update(len(batch))
     return answered
 
 # %% ../nbs/49_inference.ipynb #28e9d16b
