@@ -29,7 +29,7 @@ from .processing import PaliGemmaProcessor, image_to_tensor
 from .scenes import Scene, make_scene
 from .siglip import (
     SiglipEncoder, SiglipMLP, SiglipVisionConfig, SiglipVisionTransformer)
-from .training import make_optimizers, waves
+from .training import grid_waves, make_optimizers, update
 
 # %% ../nbs/33_contrastive.ipynb #c33a0019
 def _check_square(logits):
@@ -314,9 +314,7 @@ def tiny_siglip(
         elif "logit" not in name: p.fill_(float("norm" in name and name.endswith("weight")))
     model.logit_bias.fill_(bias)
     positions = model.vision_model.embeddings.position_embedding.weight  # [n, c]
-    side, half = math.isqrt(len(positions)), positions.shape[1] // 2
-    line = half ** 0.5 / 2 * waves((torch.arange(side) + 0.5) / side, half, highest=side / 2)
-    positions.copy_(torch.cat((line.repeat_interleave(side, 0), line.repeat(side, 1)), dim=1))
+    positions.copy_(grid_waves(*positions.shape))
     return model
 
 # %% ../nbs/33_contrastive.ipynb #c33a0075
@@ -336,9 +334,7 @@ def train_contrastive(
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for name, rate in recipe.rates(step).items():
-            for group in optimizers[name].param_groups: group["lr"] = rate
-            optimizers[name].step()
+        update(optimizers, recipe.rates(step))
         yield loss.item()
 
 # %% ../nbs/33_contrastive.ipynb #c33a0077

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .kv_cache import KVCache
+from .processing import BatchFeature
 
 # %% ../nbs/11_generation.ipynb #c3ad1223
 def nucleus(
@@ -204,7 +205,7 @@ def _answers_only(logits, ended, config): # [b, v], bool [b]
 @torch.inference_mode()
 def _decode(model, inputs, max_new_tokens, choose, penalty, processors, stop):
     config, device = model.config, model.device
-    inputs = {name: x.to(device) for name, x in inputs.items()}
+    inputs = BatchFeature(inputs).to(device)
     images = {name: x for name, x in inputs.items() if name not in _TEXT}
     text, ids = config.text_config, inputs["input_ids"]
     tokens, (b, t) = ids, ids.shape

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from .detection import (
     Detection, average_precision, box_iou, format_detections, mask_iou, parse_boxes)
-from .attention import answer_probs, token_ends
+from .attention import token_probs
 from .generation import generate
+from .opening import in_batches
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
 from .scenes import COLORS, HELD_OUT, SHAPES, Scene, SceneObject, make_scene
@@ -147,10 +148,9 @@ class Marked:
 def _marked(model, processor, rows): # (Scene, Example) pairs -> an iterator over their Marked
     inputs = processor([scene.pixels for scene, _ in rows], [e.prompt for _, e in rows])
     ids = generate(model, inputs, max_new_tokens=100)
-    probs = answer_probs(model, inputs, ids).tolist()
-    for (scene, e), text, row, p in zip(rows, processor.decode(ids), ids, probs):
-        ends = token_ends(processor, row)
-        found = find_objects(text, (scene.size, scene.size), list(zip(ends, p)))
+    probs = token_probs(model, processor, inputs, ids)
+    for (scene, e), text, p in zip(rows, processor.decode(ids), probs):
+        found = find_objects(text, (scene.size, scene.size), p)
         yield Marked(scene.seed, e, text, found, grade(e, text, found))
 
 # %% ../nbs/30_tasks.ipynb #6bead7bf
@@ -187,8 +187,8 @@ def evaluate(
             if kind not in ("detect", "segment"): found = [found[rng.integers(len(found))]]
             asked += [(scene, example) for example in found]
     asked.sort(key=lambda pair: len(pair[1].suffix))  # answers of similar length end together
-    for start in tqdm(range(0, len(asked), batch_size), desc="evaluate", leave=False):
-        answers += _marked(model, processor, asked[start:start + batch_size])
+    for rows in tqdm(in_batches(asked, batch_size), desc="evaluate", leave=False):
+        answers += _marked(model, processor, rows)
     for kind in sorted({a.example.kind for a in answers}):
         marks = [a.marks for a in answers if a.example.kind == kind]
         means[kind] = {mark: float(np.mean([m[mark] for m in marks if mark in m]))
