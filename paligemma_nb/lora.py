@@ -30,8 +30,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as peft 
 
 # %% ../nbs/23_lora.ipynb #lo02
 def _sizes(module): # (in, out) of a linear map; None where no adapter can stand
-    if type(module) in (nn.Linear, Int8Linear): return tuple(module.weight.shape[::-1])
-    if type(module) is Int4Linear: return module.weight.shape[1], module.scale_zero.shape[1]
+    if type(module) in (nn.Linear, Int8Linear, Int4Linear):
+        return module.in_features, module.out_features
 
 
 def _inject(model, names, **settings): # peft's adapters beside the linear maps of these names

@@ -33,14 +33,14 @@ def _rows(x): # [..., in] -> [m, in], at an address that torch 2.13's int8 kerne
     return rows.clone() if rows.data_ptr() % 64 else rows
 
 
-def _tall_product(x, small, out_features): # [m, in], Int8Linear or Int4Linear -> [m, out]
+def _tall_product(x, small): # [m, in], a SmallLinear -> [m, out]
     found, m = kernels(), len(x)
     if x.dtype != torch.float32 and found.bytes:
         dtype, (numbers, step, twice) = torch.int8, in_bytes(x, small.limit)
     else:
         dtype = x.dtype if x.dtype == torch.bfloat16 and found.bfloat16 else torch.float32
         numbers = x.to(dtype)
-    out, start = x.new_empty(m, out_features), 0
+    out, start = x.new_empty(m, small.out_features), 0
     for weight, scale in small.unpack(dtype, _OUTPUTS):  # [in, n] and [n]
         part = out[:, start:(start := start + len(scale))]
         kind = torch.int32 if dtype == torch.int8 else dtype
@@ -84,7 +84,12 @@ class _Product(torch.autograd.Function):
 
 # %% ../nbs/21_quantization.ipynb #q23s
 class SmallLinear(nn.Module):
-    "A linear map of few bits, with `product` and `unpack`. A gradient reaches its inputs."
+    """A linear map of few bits, made of a weight [out, in]. A gradient reaches its inputs. Its
+    subclasses unpack their numbers, and have a kernel for few rows in bfloat16."""
+    def __init__(self, weight: Tensor): # [out, in]
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+
     def _apply(self, fn, recurse=True): # what .to, .float and the like call
         stay_on_cpu(fn)
         return super()._apply(fn, recurse)
@@ -93,13 +98,19 @@ class SmallLinear(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad: return _Product.apply(x, self)
         return self.product(x)
 
+    def product(self, x: Tensor) -> Tensor: # [..., in] -> [..., out]
+        rows = _rows(x)
+        few = len(rows) <= self.few and x.dtype == torch.bfloat16 and self.has_kernel()
+        out = self.kernel(rows) if few else _tall_product(rows, self)
+        return out.view(*x.shape[:-1], self.out_features)
+
 # %% ../nbs/21_quantization.ipynb #b6
 class Int8Linear(SmallLinear):
     "A linear map in eight bits: a row of the weight is whole numbers times a scale."
     limit = 16
 
     def __init__(self, weight: Tensor): # [out, in], of any float dtype
-        super().__init__()
+        super().__init__(weight)
         # a few rows at a time: in float32 a whole vocabulary would take a lot of new memory
         blocks = [self.round(rows) for rows in weight.detach().split(512)]
         for name, parts in zip(("weight", "scale"), zip(*blocks)):
@@ -121,14 +132,11 @@ class Int8Linear(SmallLinear):
             if dtype == torch.int8: yield weight.t(), scale
             else: yield _scratch("weight", dtype, *weight.shape).copy_(weight).t(), scale
 
-    def product(self, x: Tensor) -> Tensor: # [..., in] -> [..., out]
-        rows = _rows(x)
-        # the kernel for few rows crashes at widths that are no multiple of 64
-        if (len(rows) <= self.few and x.dtype == torch.bfloat16 and rows.shape[1] % 64 == 0
-                and hasattr(torch, "_weight_int8pack_mm")):
-            out = torch._weight_int8pack_mm(rows, self.weight, self.scale)
-        else: out = _tall_product(rows, self, len(self.weight))
-        return out.view(*x.shape[:-1], out.shape[1])
+    def has_kernel(self) -> bool: # it crashes at widths that are no multiple of 64
+        return hasattr(torch, "_weight_int8pack_mm") and self.in_features % 64 == 0
+
+    def kernel(self, rows: Tensor) -> Tensor: # [m, in] -> [m, out]
+        return torch._weight_int8pack_mm(rows, self.weight, self.scale)
 
 # %% ../nbs/21_quantization.ipynb #b6e
 class Int8Embedding(Int8Linear):
@@ -235,7 +243,7 @@ class Int4Linear(SmallLinear):
         group_size: int = 64,  # 32, 64, 128 or 256
         rows: int = 64,        # in a block of pack_int4
     ):
-        super().__init__()
+        super().__init__(weight)
         blocks = [round_to_int4(part, group_size) for part in weight.detach().split(512)]
         numbers, scale_zero = zip(*blocks)
         packed = torch.cat([pack_int4(part, rows) for part in numbers])
@@ -245,21 +253,18 @@ class Int4Linear(SmallLinear):
     def unpack(self, dtype, n): # as in Int8Linear
         return unpack_blocks(self.weight, int4_tables(self.scale_zero, dtype), n)
 
-    group_size = property(lambda self: self.weight.shape[1] // len(self.scale_zero))
+    group_size = property(lambda self: self.in_features // len(self.scale_zero))
     block_rows = property(lambda self: 2 * self.weight.shape[2])
 
     def block_by(self, rows: int):
         "Changes the number of rows in a block, in place."
         if rows != self.block_rows: self.weight = pack_int4(unpack_int4(self.weight), rows)
 
-    def product(self, x: Tensor) -> Tensor: # [..., in] -> [..., out]
-        rows = _rows(x)
-        if (len(rows) <= self.few and x.dtype == torch.bfloat16
-                and int4_rows() == self.block_rows):
-            packed = self.weight.view(-1, rows.shape[1] // 2)  # [out, in / 2]
-            out = _int4_product(rows, packed, self.group_size, self.scale_zero)
-        else: out = _tall_product(rows, self, self.scale_zero.shape[1])
-        return out.view(*x.shape[:-1], out.shape[1])
+    def has_kernel(self) -> bool: return int4_rows() == self.block_rows
+
+    def kernel(self, rows: Tensor) -> Tensor: # [m, in] -> [m, out]
+        packed = self.weight.view(-1, self.in_features // 2)  # [out, in / 2]
+        return _int4_product(rows, packed, self.group_size, self.scale_zero)
 
 # %% ../nbs/21_quantization.ipynb #b10p
 @cache
