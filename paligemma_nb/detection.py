@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NUM_BINS', 'NUM_CODES', 'MASK_LENGTH', 'coordinate_to_bin', 'bin_to_coordinate', 'box_iou', 'check_box', 'format_box',
-           'from_coco_box', 'from_yolo_box', 'Detection', 'format_detections', 'parse_boxes', 'draw_detections',
-           'average_precision', 'mask_iou']
+           'from_coco_box', 'from_yolo_box', 'Detection', 'check_codes', 'format_detections', 'parse_boxes',
+           'draw_detections', 'average_precision', 'mask_iou']
 
 # %% ../nbs/15_detection.ipynb #360cd988
 # Boxes as tokens: Pix2Seq, arXiv 2109.10852. The format: PaliGemma, arXiv 2407.07726, and
@@ -65,8 +65,11 @@ def box_iou(
 ) -> np.ndarray: # [n, m], 0 … 1
     """Intersection over union of every box of `a` with every box of `b`, by pycocotools.
     Raises `ValueError` for a box that is not x1 <= x2, y1 <= y2, and without pycocotools."""
+    return _iou(*map(_corner_and_sides, (a, b)))
+
+
+def _iou(a, b): # of boxes with sides, or of masks as run lengths
     *_, mask = _pycocotools()
-    a, b = map(_corner_and_sides, (a, b))
     return np.reshape(mask.iou(a, b, [0] * len(b)), (len(a), len(b)))  # 0: not a "crowd"
 
 # %% ../nbs/15_detection.ipynb #cbf82293
@@ -151,15 +154,19 @@ class Detection:
     mask: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 # %% ../nbs/15_detection.ipynb #424c1613
+def check_codes(codes: tuple[int, ...]):
+    "Raises `ValueError` unless these are 16 codes of a mask, whole numbers from 0 to 127."
+    if np.shape(codes) != (MASK_LENGTH,) or not all(c in range(NUM_CODES) for c in codes):
+        raise ValueError(f"expected {MASK_LENGTH} codes, whole numbers from 0 to "
+                         f"{NUM_CODES - 1}, got {codes!r}")
+
+
 def _format_detection(detection: Detection, size: tuple[float, float]) -> str:
     label, codes = " ".join(detection.label.split()), detection.codes
     if re.search(";|<loc|<seg", label):
         raise ValueError("expected a label without ';', '<loc' and '<seg', which end a label "
                          f"in the text, got {label!r}")
-    if codes is not None and not (len(codes) == MASK_LENGTH
-                                  and all(0 <= c < NUM_CODES for c in codes)):
-        raise ValueError(f"expected {MASK_LENGTH} codes from 0 to {NUM_CODES - 1}, or None, "
-                         f"got {codes}")
+    if codes is not None: check_codes(codes)
     tokens = format_box(detection.box, size) + "".join(f"<seg{c:03d}>" for c in codes or ())
     return f"{tokens} {label}".rstrip()
 
@@ -330,8 +337,12 @@ def _draw_labels(draw: ImageDraw.ImageDraw, detections, colors, font, line: int)
         draw.text((x + pad, y + pad / 2), text, fill=_contrast(color), font=font)
 
 # %% ../nbs/15_detection.ipynb #8c732628
+def _encode(mask): # bool [height, width] -> run lengths, as pycocotools packs them
+    return _pycocotools()[2].encode(np.asfortranarray(mask, np.uint8))
+
+
 def _as_coco(images, labels, masks, check): # images: (detections, size) of each
-    COCO, _, rle = _pycocotools()
+    COCO, *_ = _pycocotools()
     objects, coco = [], COCO()
     for image_id, (detections, size) in enumerate(images):
         width, height = _check_size(size)
@@ -344,8 +355,7 @@ def _as_coco(images, labels, masks, check): # images: (detections, size) of each
                 image_id=image_id, category_id=labels.index(d.label), bbox=[x, y, w, h],
                 area=w * h, iscrowd=0, score=1.0 if d.score is None else d.score))
             if masks:
-                mask = np.asfortranarray(_check_mask(d.mask, width, height), np.uint8)
-                objects[-1]["segmentation"] = rle.encode(mask)
+                objects[-1]["segmentation"] = _encode(_check_mask(d.mask, width, height))
     sizes = [size for _, size in images]
     coco.dataset = dict(
         images=[dict(id=i, width=w, height=h) for i, (w, h) in enumerate(sizes)],
@@ -387,10 +397,8 @@ def mask_iou(
 ) -> np.ndarray: # [n, m], 0 … 1
     """Intersection over union of every mask of `a` with every mask of `b`, by pycocotools.
     Raises `ValueError` for masks that are not bool [height, width], all of one size."""
-    *_, rle = _pycocotools()
     kinds = {(np.asarray(m).dtype, np.shape(m)) for m in (*a, *b)}
     if any(dtype != bool or len(shape) != 2 for dtype, shape in kinds) or len(kinds) > 1:
         raise ValueError("expected masks [height, width] of bools, all of one size, got "
                          f"{sorted(map(str, kinds))}")
-    a, b = ([rle.encode(np.asfortranarray(m, np.uint8)) for m in ms] for ms in (a, b))
-    return np.reshape(rle.iou(a, b, [0] * len(b)), (len(a), len(b)))
+    return _iou(*([_encode(mask) for mask in masks] for masks in (a, b)))

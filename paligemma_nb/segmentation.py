@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import paligemma_nb
 from .checkpoint import check_shapes, shapes_of
-from .detection import MASK_LENGTH, NUM_CODES, Detection, check_box, parse_boxes
+from .detection import NUM_CODES, Detection, check_box, check_codes, parse_boxes
 from .hub import MASK_VAE, refuse_pointers
 from .paligemma import PaliGemmaConfig
 from .scenes import SceneObject
@@ -211,9 +211,7 @@ def decode_mask(
     codes, four finite corners and a size of two positive integers."""
     if np.shape(size) != (2,) or not all(n > 0 and n % 1 == 0 for n in size):
         raise ValueError(f"expected size = (width, height), whole and above 0, got {size!r}")
-    if np.shape(codes) != (MASK_LENGTH,) or not all(c in range(NUM_CODES) for c in codes):
-        raise ValueError(f"expected {MASK_LENGTH} codes, whole numbers from 0 to "
-                         f"{NUM_CODES - 1}, got {codes!r}")
+    check_codes(codes)
     width, height = map(int, size)
     (x1, y1, x2, y2), (left, top, right, bottom) = _edges(box, width, height)
     mask = np.zeros((height, width), dtype=bool)
