@@ -22,7 +22,7 @@ from .hub import MASK_VAE, ModelFolder, find_folder, find_model, needed_files
 from .lora import CONFIG, WEIGHTS, find_adapter, load_adapter, merge_adapter
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import (
-    BatchFeature, PaliGemmaProcessor, Picture, image_to_tensor, to_rgb)
+    BatchFeature, PaliGemmaProcessor, Picture, as_list, image_to_tensor, to_rgb)
 from .quantization import int4_pays, load_quantized, quantize
 from .speed import pack
 
@@ -157,9 +157,6 @@ def _opened(folder, adapter, states): # states: a changed file means another mod
     return model, processor, *find_mask_vae(folder, model.config)
 
 
-def _as_list(x): return x if isinstance(x, (list, tuple)) else [x]
-
-
 def ask(
     image,                                # a picture, or its path; or a list of them
     prompt: str | list[str],              # "caption en", "detect cat", …; or a list of them
@@ -172,7 +169,7 @@ def ask(
 
     Raises what `load_model`, `open_image` and `generate` raise, and ValueError for an empty
     prompt."""
-    images, prompts = _as_list(image), _as_list(prompt)
+    images, prompts = as_list(image), as_list(prompt)
     for text in prompts:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"expected some text as prompt, got {text!r}")
