@@ -35,6 +35,7 @@ from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
 from .scenes import HELD_OUT
 from .segmentation import find_objects
+from .tasks import markdown
 from paligemma_nb.training import (
     Recipe, batch_loss, learning_weights, make_optimizers, measure, run_steps,
     training_precision)
@@ -62,7 +63,8 @@ class FinetuneRecipe:
     length_power = 0.0             # a mean over all tokens, as in transformers
 
     def __post_init__(self):
-        if self.method not in METHODS: raise ValueError(f"method: expected one of {METHODS}")
+        if self.method not in METHODS:
+            raise ValueError(f"method: expected one of {METHODS}, got {self.method!r}")
         for name in ("steps", "batch_size", "parts", "rank", "learning_rate"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name}: expected more than 0, got {value}")
@@ -322,9 +324,8 @@ def table(marks: dict[str, dict[str, float]]) -> str:
     "Marks as Markdown, a line for each kind of prompt."
     names = list(dict.fromkeys(name for found in marks.values() for name in found))
     def cell(x): return "" if x is None else f"{x:.3f}" if isinstance(x, float) else str(x)
-    rows = [["prompts", *names], ["---"] * (len(names) + 1),
-            *([kind, *(cell(found.get(n)) for n in names)] for kind, found in marks.items())]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = ([kind, *(cell(found.get(n)) for n in names)] for kind, found in marks.items())
+    return markdown([["prompts", *names], *rows])
 
 # %% ../nbs/35_finetuning.ipynb #ft000020
 def _teach(rows, unseen, model_path, weights, output, recipe, **settings):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'KIND_WEIGHTS', 'Example', 'object_codes', 'scene_examples', 'sample_examples', 'grade', 'Marked', 'ap50',
-           'evaluate', 'marks_table', 'machine', 'worst', 'model_card']
+           'evaluate', 'markdown', 'marks_table', 'machine', 'worst', 'model_card']
 
 # %% ../nbs/30_tasks.ipynb #bc3ed7fe
 # Text formats: PaliGemma, arXiv 2407.07726. Average precision: COCO, arXiv 1405.0312.
@@ -198,16 +198,22 @@ def evaluate(
     return means, answers
 
 # %% ../nbs/30_tasks.ipynb #a6b38dff
+def markdown(rows: list[list[str]]) -> str:
+    "A table of these cells in Markdown; the first row is its heading."
+    heading, *others = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([heading, "| --- " * len(rows[0]) + "|", *others])
+
+
 def marks_table(results: dict[str, dict[str, float]]) -> str: # Markdown
     "The first of what `evaluate` returns, a row for each kind."
     names = dict(right="exactly right", over_half="IoU over 0.5", iou="mean IoU",
                  all_found="all found", ap50="AP50")
     marks = [mark for mark in names if any(mark in found for found in results.values())]
-    rows = [["task", "asked", *(names[mark] for mark in marks)], ["---"] * (2 + len(marks))]
+    rows = [["task", "asked", *(names[mark] for mark in marks)]]
     for kind, found in results.items():
         cells = (f"{found[mark]:.3f}" if mark in found else "" for mark in marks)
         rows.append([kind, str(found["asked"]), *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(rows)
 
 # %% ../nbs/30_tasks.ipynb #c54bdb73
 def machine() -> str:

@@ -27,7 +27,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from tqdm import tqdm
 
 from . import load_model, save_model
-from .checkpoint import save_tensors, usable_device
+from .checkpoint import save_tensors, shapes_of, usable_device
 from .gemma import GemmaConfig
 from .hub import read_json, replacing, write_json
 from .paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
@@ -85,8 +85,8 @@ class Recipe:
             raise ValueError(f"{self.steps} steps are too few for {self.warmup_steps} up"
                              f" and {self.decay_steps} down: the rate would never peak")
         if not 0 <= self.twin_scenes <= self.scenes_per_step * (not self.single_object_steps):
-            raise ValueError("expected twin_scenes from 0 to scenes_per_step, and 0 with scenes"
-                             f" of one object, got {self.twin_scenes}")
+            raise ValueError("expected twin_scenes from 0 to scenes_per_step, and 0 with "
+                             f"scenes of one object, got {self.twin_scenes}")
         if bad := {k: w for k, w in self.kind_weights.items() if k not in KINDS or not w >= 0}:
             raise ValueError(f"expected weights of at least 0 for kinds of {KINDS}, got {bad}")
         if not 1 <= self.prompts_per_scene <= sum(map(bool, self.kind_weights.values())):
@@ -156,7 +156,7 @@ def waves(
 def grid_waves(
     n: int,   # places: the cells of a square, row by row
     dim: int, # a multiple of 4
-) -> Tensor: # [n, dim], rows of length √(dim / 8)
+) -> Tensor: # [n, dim], of root mean square 0.5
     "One half of each vector tells the cell's column, the other one its row."
     side, half = math.isqrt(n), dim // 2
     line = half ** 0.5 / 2 * waves((torch.arange(side) + 0.5) / side, half, highest=side / 2)
@@ -289,10 +289,9 @@ def load_state(path: Path, model: nn.Module, optimizers: dict[str, Optimizer],
     if "recipe" not in (found or {}): raise ValueError(f"{path} is no file of save_state")
     step, theirs, history = (json.loads(found[key]) for key in ("step", "recipe", "history"))
     weights = {n[6:]: t for n, t in tensors.items() if n.startswith("model/")}
-    shapes = ({n: list(t.shape) for n, t in x.items()} 
-              for x in (learning_weights(model), weights))
     for what, ours, theirs in (  # a recipe may lack a newer setting
-        ("recipe", asdict(recipe), asdict(type(recipe)()) | theirs), ("model", *shapes)):
+        ("recipe", asdict(recipe), asdict(type(recipe)()) | theirs),
+        ("model", shapes_of(learning_weights(model)), shapes_of(weights))):
         other = [f"{n} {ours.get(n)}, got {theirs.get(n)}" for n in ours | theirs
                  if ours.get(n) != theirs.get(n)]
         if other: raise ValueError(f"{path} belongs to another {what}: expected {other[0]}")
