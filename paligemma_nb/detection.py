@@ -46,9 +46,7 @@ def _pycocotools(): # its COCO, its COCOeval and its mask module
         raise ValueError("scoring needs pycocotools: pip install pycocotools") from None
     return coco.COCO, cocoeval.COCOeval, mask
 
-
 _OTHER_FORMATS = "(from_coco_box and from_yolo_box convert other formats)"
-
 
 def _corner_and_sides(boxes) -> np.ndarray: # [n, 4]: x1, y1, width, height, as COCO has them
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
@@ -66,7 +64,6 @@ def box_iou(
     """Intersection over union of every box of `a` with every box of `b`, by pycocotools.
     Raises `ValueError` for a box that is not x1 <= x2, y1 <= y2, and without pycocotools."""
     return _iou(*map(_corner_and_sides, (a, b)))
-
 
 def _iou(a, b): # of boxes with sides, or of masks as run lengths
     *_, mask = _pycocotools()
@@ -157,8 +154,7 @@ class Detection:
 def check_codes(codes: tuple[int, ...]):
     "Raises `ValueError` unless these are 16 codes of a mask, whole numbers from 0 to 127."
     if np.shape(codes) != (MASK_LENGTH,) or not all(c in range(NUM_CODES) for c in codes):
-        raise ValueError(f"expected {MASK_LENGTH} codes, whole numbers from 0 to "
-                         f"{NUM_CODES - 1}, got {codes!r}")
+        raise ValueError(f"expected {MASK_LENGTH} codes in 0 … {NUM_CODES - 1}, got {codes!r}")
 
 
 def _format_detection(detection: Detection, size: tuple[float, float]) -> str:
@@ -340,7 +336,6 @@ def _draw_labels(draw: ImageDraw.ImageDraw, detections, colors, font, line: int)
 def _encode(mask): # bool [height, width] -> run lengths, as pycocotools packs them
     return _pycocotools()[2].encode(np.asfortranarray(mask, np.uint8))
 
-
 def _as_coco(images, labels, masks, check): # images: (detections, size) of each
     COCO, *_ = _pycocotools()
     objects, coco = [], COCO()
@@ -356,9 +351,8 @@ def _as_coco(images, labels, masks, check): # images: (detections, size) of each
                 area=w * h, iscrowd=0, score=1.0 if d.score is None else d.score))
             if masks:
                 objects[-1]["segmentation"] = _encode(_check_mask(d.mask, width, height))
-    sizes = [size for _, size in images]
     coco.dataset = dict(
-        images=[dict(id=i, width=w, height=h) for i, (w, h) in enumerate(sizes)],
+        images=[dict(id=i, width=w, height=h) for i, (_, (w, h)) in enumerate(images)],
         categories=[dict(id=i, name=label) for i, label in enumerate(labels)],
         annotations=objects)
     coco.createIndex()

@@ -36,17 +36,15 @@ from .processing import PaliGemmaProcessor
 from .scenes import HELD_OUT
 from .segmentation import find_objects
 from .tasks import markdown
-from paligemma_nb.training import (
-    Recipe, batch_loss, learning_weights, make_optimizers, measure, run_steps,
-    training_precision)
+from .training import (Recipe, batch_loss, learning_weights, make_optimizers,
+                                   measure, run_steps, training_precision)
 
 METHODS = "lora", "frozen", "full"
 
 # %% ../nbs/35_finetuning.ipynb #ft000003
 @dataclass(frozen=True)
 class FinetuneRecipe:
-    """Everything that decides what a run does: the same recipe, data and model give the same
-    weights. Raises ValueError for a recipe that could not do what it says."""
+    "The same recipe, data and model give the same weights. ValueError for an impossible one."
     method: str = "lora"           # what learns: one of METHODS
     steps: int = 150               # updates
     batch_size: int = 16           # rows in an update, replayed ones included

@@ -22,7 +22,7 @@ from .hub import MASK_VAE, ModelFolder, find_folder, find_model, needed_files
 from .lora import CONFIG, WEIGHTS, find_adapter, load_adapter, merge_adapter
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import (
-    BatchFeature, PaliGemmaProcessor, Picture, as_list, image_to_tensor, to_rgb)
+    BatchFeature, PaliGemmaProcessor, Picture, image_to_tensor, to_rgb)
 from .quantization import int4_pays, load_quantized, quantize
 from .speed import pack
 
@@ -112,11 +112,11 @@ def answer_inputs(
     model: PaliGemmaForConditionalGeneration,
     processor: PaliGemmaProcessor,
     images: list[Picture],
-    prompts: list[str],
-    batch_size: int,
+    prompts: list[str], # each is asked about each picture
+    batch_size: int,    # the most rows at a time
 ) -> Iterator[tuple[list[Image.Image], BatchFeature]]: # each row's picture, inputs of generate
-    """P prompts about M pictures as P·M rows, picture by picture, at most batch_size at a time.
-    The vision tower sees each picture once."""
+    """P prompts about M pictures as P·M rows, picture by picture, some at a time. The vision
+    tower sees each picture once."""
     for some in in_batches(images, max(1, batch_size // max(1, len(prompts)))):
         pictures = [to_rgb(image) for image in some]
         pixels = torch.stack([image_to_tensor(x, processor.image_size) for x in pictures])
@@ -129,7 +129,7 @@ def answer_inputs(
             inputs["image_features"] = features.repeat_interleave(len(asked), dim=0)
             yield rows, inputs
 
-
+# %% ../nbs/24_opening.ipynb #c24a0032c
 def answer(
     model: PaliGemmaForConditionalGeneration,
     processor: PaliGemmaProcessor,
@@ -157,6 +157,9 @@ def _opened(folder, adapter, states): # states: a changed file means another mod
     return model, processor, *find_mask_vae(folder, model.config)
 
 
+def _as_list(x): return x if isinstance(x, (list, tuple)) else [x]
+
+
 def ask(
     image,                                # a picture, or its path; or a list of them
     prompt: str | list[str],              # "caption en", "detect cat", …; or a list of them
@@ -169,7 +172,7 @@ def ask(
 
     Raises what `load_model`, `open_image` and `generate` raise, and ValueError for an empty
     prompt."""
-    images, prompts = as_list(image), as_list(prompt)
+    images, prompts = _as_list(image), _as_list(prompt)
     for text in prompts:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"expected some text as prompt, got {text!r}")

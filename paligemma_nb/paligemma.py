@@ -353,12 +353,9 @@ class PaliGemmaForConditionalGeneration(PreTrainedModel):
         return PaliGemmaOutput(logits, None if labels is None else suffix_loss(logits, labels))
 
 # %% ../nbs/07_paligemma.ipynb #e071a770
-def read_section(
-    cls: type,    # a config's dataclass
-    section: str, # its name in config.json, for errors
-    d: dict,      # its content; keys that cls does not know are ignored
-): # a cls
-    "Raises ValueError if a size is missing or the activation is another than the tanh-GELU."
+def read_section(cls: type, section: str, d: dict): # a cls
+    """Reads a config dataclass from a section of `config.json`; ignores keys it does not know.
+    Raises ValueError for a missing size and for any activation but the tanh-GELU."""
     names = {f.name for f in dataclasses.fields(cls)}
     required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
     if missing := sorted(required - d.keys()):

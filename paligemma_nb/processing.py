@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Picture', 'IMAGE_TOKEN', 'PAD', 'EOS', 'BOS', 'UNK', 'MASK', 'SPECIAL_TOKENS', 'BYTE_TOKENS', 'EXTRA_TOKENS',
-           'to_rgb', 'image_to_tensor', 'train_tokenizer', 'as_list', 'place_images', 'left_pad', 'TextProcessor',
-           'BatchFeature', 'PaliGemmaProcessor', 'open_image']
+           'to_rgb', 'image_to_tensor', 'train_tokenizer', 'place_images', 'left_pad', 'TextProcessor', 'BatchFeature',
+           'PaliGemmaProcessor', 'open_image']
 
 # %% ../nbs/10_processing.ipynb #6fd8a674
 # Agrees with transformers' PaliGemmaProcessor (Pillow backend) and GemmaTokenizer, but needs
@@ -122,11 +122,6 @@ def _add_extra_tokens(tokenizer):
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
 
 # %% ../nbs/10_processing.ipynb #75564453
-def as_list(x) -> list | tuple:
-    "A list or tuple as it is; anything else as a list of one."
-    return x if isinstance(x, (list, tuple)) else [x]
-
-
 def place_images(
     images: Picture | list, # one; a list, one a prompt; or a list of lists, several a prompt
     texts: list[str], # the prompts, with or without image tokens
@@ -135,6 +130,7 @@ def place_images(
     pictures, `<bos>` behind the last of them and a newline at its end. Raises ValueError if
     the numbers of pictures and prompts do not fit."""
     if not texts: raise ValueError("no prompt was given")
+    def as_list(x): return list(x) if isinstance(x, (list, tuple)) else [x]
     nested = any(isinstance(group, (list, tuple)) for group in as_list(images))
     groups = [as_list(group) for group in as_list(images)]
     flat = [image for group in groups for image in group]
@@ -255,7 +251,7 @@ class PaliGemmaProcessor(TextProcessor):
         *, return_tensors: str = "pt", padding: bool | str = True, # typed for transformers
     ) -> BatchFeature: # pixel_values [images, 3, s, s], and what left_pad gives
         _check_form(return_tensors, padding)
-        images, prompts = place_images(images, _as_texts(text, "text"))
+        images, prompts = place_images(images, _as_list(text, "text"))
         padded = left_pad(*_encode_rows(self, prompts, suffix), self.pad_token_id)
         pixels = [image_to_tensor(image, self.image_size) for image in images]
         return BatchFeature(pixel_values=torch.stack(pixels), **padded)
@@ -278,7 +274,7 @@ def _check_form(tensors, padding): # what users of transformers type, and what t
     raise ValueError("expected return_tensors='pt' and padding=True, which pads rows on the "
                      f"left to the longest, got {tensors!r} and {padding!r}")
 
-def _as_texts(x, name):
+def _as_list(x, name):
     x = [x] if isinstance(x, str) else x
     if not isinstance(x, (list, tuple)) or not all(isinstance(s, str) for s in x):
         raise TypeError(f"{name} must be a str or a list of str, got {x!r:.60}")
@@ -290,7 +286,7 @@ def _encode_rows(processor, prompts, suffix): # what `left_pad` takes
     prefixes = [[i for i in processor.encode(prompt) for _ in range(n if i == image else 1)]
                 for prompt in prompts]
     if suffix is None: return prefixes, None
-    answers = _as_texts(suffix, "suffix")
+    answers = _as_list(suffix, "suffix")
     if len(answers) != len(prompts):
         raise ValueError(f"got {len(answers)} suffixes for {len(prompts)} prompts")
     suffixes = [processor.encode(answer + EOS) for answer in answers]
@@ -305,7 +301,6 @@ _IMAGE_CONFIG = dict(  # the published settings for pictures, which image_to_ten
 # %% ../nbs/10_processing.ipynb #c5a1b304c
 def _write_folder(processor, folder):
     "Writes tokenizer.json, tokenizer_config.json and preprocessor_config.json."
-    from paligemma_nb.hub import write_json  # of a later notebook
     folder.mkdir(parents=True, exist_ok=True)
     processor.tokenizer.save(str(folder / "tokenizer.json"))
     text = dict(tokenizer_class="GemmaTokenizer", bos_token=BOS, eos_token=EOS, pad_token=PAD,
@@ -316,7 +311,8 @@ def _write_folder(processor, folder):
                  image_seq_length=processor.num_image_tokens, **_IMAGE_CONFIG,
                  size=dict(height=processor.image_size, width=processor.image_size))
     for name, config in (("tokenizer_config.json", text), ("preprocessor_config.json", image)):
-        write_json(folder / name, config | dict(processor_class="PaliGemmaProcessor"))
+        config["processor_class"] = "PaliGemmaProcessor"
+        (folder / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 # %% ../nbs/10_processing.ipynb #4ebe17a2
 def _read_folder(folder, pictures, revision):

@@ -307,7 +307,8 @@ def _check_request(model, weights, group_size, rows):
         raise ValueError(f"group_size: expected 32, 64, 128 or 256, got {group_size}")
     if rows not in (None, 32, 64): raise ValueError(f"rows: expected 32 or 64, got {rows}")
     if model.device.type not in ("cpu", "meta"):
-        raise ValueError(f"int8 and int4 weights run on the CPU; this model is on {model.device}")
+        raise ValueError("int8 and int4 weights run on the CPU; "
+                         f"this model is on {model.device}")
     if not isinstance(model.language_model.model.embed_tokens, GemmaEmbedding):
         raise ValueError(f"weights are {weights_of(model)} already")
     if hasattr(model, "peft_config"): raise ValueError("merge the model's adapter first")
