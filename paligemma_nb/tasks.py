@@ -261,9 +261,10 @@ them, finds objects in them and outlines them. All other pictures are foreign to
 ## Results
 
 Greedy answers on {results["num_scenes"]:,} scenes from seed {results["first_seed"]:,} on, none
-of the training, in float32 on {results["machine"]}; `paligemma-nb evaluate` repeats it. IoU is of boxes for `detect`,
-of masks for `segment`. "All found" is about answers with several objects, each over 0.5. AP50
-is COCO's, over all objects of all scenes; what is invented for absent things counts as wrong.
+of the training, in float32 on {results["machine"]}; `paligemma-nb evaluate` repeats it.
+IoU is of boxes for `detect`, of masks for `segment`. "All found" is about answers with several
+objects, each over 0.5. AP50 is COCO's, over all objects of all scenes; what is invented for
+absent things counts as wrong.
 
 {marks_table(results["marks"])}
 

@@ -9,8 +9,7 @@ __all__ = ['STAGES', 'VALIDATION', 'tiny_processor', 'tiny_config', 'Recipe', 'm
 
 # %% ../nbs/31_training.ipynb #b4401bc0
 # Papers: PaliGemma, arXiv 2407.07726; Muon, arXiv 2502.16982.
-import json, math
-import time
+import json, math, time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -61,8 +60,7 @@ def tiny_config(processor: PaliGemmaProcessor) -> PaliGemmaConfig:
 # %% ../nbs/31_training.ipynb #f0a0bbbc
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what a training run does: the same recipe gives the same run.
-    Raises ValueError for one that could not do what it says."""
+    "The same recipe gives the same run. Raises ValueError for one that cannot be followed."
     steps: int = 6_000               # updates
     single_object_steps: int = 2_000 # at the start, with scenes of one object
     scenes_per_step: int = 32
@@ -82,16 +80,13 @@ class Recipe:
         numbers = self.scenes_per_step, self.warmup_steps, self.decay_steps, self.max_grad_norm
         if not all(x > 0 for x in numbers): raise ValueError(f"expected more than 0: {self}")
         if self.warmup_steps + self.decay_steps > self.steps + 1:
-            raise ValueError(f"{self.steps} steps are too few for {self.warmup_steps} up"
-                             f" and {self.decay_steps} down: the rate would never peak")
+            raise ValueError(f"too few steps up and down, the rate would never peak: {self}")
         if not 0 <= self.twin_scenes <= self.scenes_per_step * (not self.single_object_steps):
-            raise ValueError("expected twin_scenes from 0 to scenes_per_step, and 0 with "
-                             f"scenes of one object, got {self.twin_scenes}")
+            raise ValueError(f"expected twin_scenes among scenes of several objects: {self}")
         if bad := {k: w for k, w in self.kind_weights.items() if k not in KINDS or not w >= 0}:
             raise ValueError(f"expected weights of at least 0 for kinds of {KINDS}, got {bad}")
         if not 1 <= self.prompts_per_scene <= sum(map(bool, self.kind_weights.values())):
-            raise ValueError("expected prompts_per_scene from 1 to the number of weights above"
-                             f" 0, got {self.prompts_per_scene}")
+            raise ValueError(f"expected 1 … as many prompts as kinds with a weight: {self}")
 
     def rate(self, step: int) -> float: # factor on both learning rates; steps count from 0
         "Raises ValueError for a step that is not in the run."
@@ -153,15 +148,11 @@ def waves(
     return torch.cat((angles.sin(), angles.cos()), dim=1) * (2 / dim) ** 0.5
 
 # %% ../nbs/31_training.ipynb #67cf5889
-def grid_waves(
-    n: int,   # places: the cells of a square, row by row
-    dim: int, # a multiple of 4
-) -> Tensor: # [n, dim], of root mean square 0.5
-    "One half of each vector tells the cell's column, the other one its row."
+def grid_waves(n: int, dim: int) -> Tensor: # n cells of a square, row by row -> [n, dim]
+    "Half of each vector tells the cell's column, half its row. Root mean square 0.5."
     side, half = math.isqrt(n), dim // 2
     line = half ** 0.5 / 2 * waves((torch.arange(side) + 0.5) / side, half, highest=side / 2)
     return torch.cat((line.repeat_interleave(side, 0), line.repeat(side, 1)), dim=1)
-
 
 @torch.no_grad()
 def initialize(model: nn.Module, processor: PaliGemmaProcessor, seed: int = 0):
@@ -183,7 +174,6 @@ def initialize(model: nn.Module, processor: PaliGemmaProcessor, seed: int = 0):
 def learning_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     "Those that a gradient reaches, by name."
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
-
 
 def make_optimizers(model: nn.Module, recipe: Recipe) -> dict[str, Optimizer]:
     """Muon (arXiv 2502.16982) for the matrices of the layers, AdamW for everything else.
@@ -238,7 +228,6 @@ def update(optimizers: dict[str, Optimizer], rates: dict[str, float]):
     for name, rate in rates.items():
         for group in optimizers[name].param_groups: group["lr"] = rate
         optimizers[name].step()
-
 
 def train_step(
     model: nn.Module,
@@ -330,7 +319,8 @@ def run_steps(
         if (done := step + 1) % save_every and done % evaluate_every and done < last: continue
         seconds = time.perf_counter() - started
         row = dict(step=done, loss=float(np.mean(losses)), seconds=seconds)
-        if done % evaluate_every == 0 or done == last: row |= dict(marks=measure(history), machine=machine())
+        if done % evaluate_every == 0 or done == last:
+            row |= dict(marks=measure(history), machine=machine())
         history.append(row)
         save_state(state, model, optimizers, done, recipe, history)
         if is_done(history): break
@@ -375,8 +365,8 @@ def train_tiny(
     output_path: str = "runs/tiny", # of the run; one that was stopped is continued
     model_path: str | None = None,  # one that the first stages made; default: from nothing
 ):
-    """Trains the shipped model, on a GPU if there is one; marks and saves it. Raises ValueError
-    for a model that other stages made."""
+    """Trains the shipped model, on a GPU if there is one; marks and saves it. ValueError for a
+    model that other stages made."""
     processor, folder, done, history = tiny_processor(), Path(output_path), 0, []
     if model_path is None:
         model = PaliGemmaForConditionalGeneration(tiny_config(processor))
