@@ -1,6 +1,7 @@
 """Render index.ipynb as README.md, with its pictures in nbs/images.
 
 --check: write nothing, say whether they are current."""
+import re
 import sys
 from pathlib import Path
 
@@ -17,7 +18,13 @@ def render() -> dict[Path, bytes]:
     resources = {"unique_key": "README", "output_files_dir": "nbs/images"}
     nb = nbformat.read(root/"index.ipynb", as_version=4)
     nb.metadata.language_info = {"name": "python"}  # nbdev_clean drops it, code fences want it
+    about = {}  # cell -> what its picture shows, as the site's alternative text
+    for i, cell in enumerate(nb.cells):
+        if line := re.match(r'#\| fig-alt: "(.+)"\n', cell.source):
+            about[str(i)], cell.source = line[1], cell.source[line.end():]
     text, resources = MarkdownExporter().from_notebook_node(nb, resources=resources)
+    text = re.sub(r"!\[\w*\](?=\(nbs/images/README_(\d+)_)",
+                  lambda picture: f"![{about[picture[1]]}]", text)
     pages = {root/"README.md": text.strip().encode() + b"\n"}
     # a picture is there in two formats, of which the page shows one
     pictures = resources["outputs"].items()

@@ -19,21 +19,21 @@ from torch import Tensor
 # %% ../nbs/19_kernels.ipynb #k0c5d02
 class PackedBytes:
     "A weight of bytes in the order in which oneDNN reads it, and its product with bytes."
-    def __init__(self, weight: Tensor): # int8 [n, k]
+    def __init__(self, weight: Tensor): # int8 [out, in]
         self.weight = torch.ops.onednn.qlinear_prepack(weight, None)
         self.zeros = torch.zeros(len(weight), dtype=torch.int32)
 
     def __call__(self,
-        numbers: Tensor, # uint8 [m, k], each 128 more than it stands for
-        scale: Tensor,   # float32 [n], of the outputs
-    ) -> Tensor: # float32 [m, n]
+        numbers: Tensor, # uint8 [rows, in], each 128 more than it stands for
+        scale: Tensor,   # float32 [out], of the outputs
+    ) -> Tensor: # float32 [rows, out]
         return torch.ops.onednn.qlinear_pointwise(
             numbers, 1.0, 128, self.weight, scale, self.zeros, None, 1.0, 0, torch.float32,
             "none", [], "")
 
 # %% ../nbs/19_kernels.ipynb #0c5d5671
 def _products(m: int, n: int, k: int):
-    """The same product, [m, k] times [n, k], in several formats: name, call, expected
+    """The same product, m × k numbers times n × k, in several formats: name, call, expected
     result."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-127, 128, (rows, k), dtype=torch.int8, generator=generator)
@@ -118,12 +118,12 @@ def wide_linear(
 
 # %% ../nbs/19_kernels.ipynb #40ae192b
 def in_bytes(
-    x: Tensor,    # [m, in]
+    x: Tensor,    # [rows, in]
     limit: float, # of a row's peak: its largest number, divided by its root mean square
-) -> tuple[Tensor, Tensor, Tensor]: # int8 [m + k, in]; steps [m, 1]; indices [k]
+) -> tuple[Tensor, Tensor, Tensor]: # int8 [rows + again, in]; steps [rows, 1]; [again]
     """Rounds each row to bytes, -127 … 127, in steps of its own. Below them stand the
-    remainders of the k rows whose peak is beyond the limit, in steps that are 254 times as
-    fine. A limit of 0 means all rows."""
+    remainders of those rows whose peak is beyond the limit, in steps that are 254 times as
+    fine; last are their indices. A limit of 0 means all rows."""
     numbers, step, norm = x.new_empty(x.shape, dtype=torch.int8), *torch.empty(2, len(x), 1)
     # as many rows at a time as fit into the cache
     for i in range(0, len(x), n := max(1, 2**17 // x.shape[1])):
@@ -143,7 +143,7 @@ def in_bytes(
     return numbers, step, twice
 
 # %% ../nbs/19_kernels.ipynb #k19y
-def _with_rest(sums, step, twice): # products [m + k, n] of in_bytes, changed -> [m, n]
+def _with_rest(sums, step, twice): # products of in_bytes, changed -> [rows, out]
     total = sums[:len(step)]
     if len(twice): total.index_add_(0, twice, sums[len(step):], alpha=1 / 254)
     return total.mul_(step)

@@ -36,36 +36,36 @@ def ring_distance(
 
 # %% ../nbs/01_scenes.ipynb #f82f085a
 def _corners(degrees, radii):
-    "Corners [v, 2] in these directions, their distances from the origin `radii`, repeated."
+    "Corners [corners, 2] in these directions, distances from the origin `radii`, repeated."
     a = np.radians(degrees)
     return np.resize(radii, (len(a), 1)) * np.stack((np.cos(a), np.sin(a)), axis=1)
 
 # %% ../nbs/01_scenes.ipynb #cbf100db
 def polygon_distance(
-    x: np.ndarray,         # [w] x coordinates
-    y: np.ndarray,         # [h, 1] y coordinates
-    vertices: np.ndarray,  # [v, 2] corners in order, clockwise or not, no two neighbours equal
-) -> np.ndarray:           # [h, w] negative inside
+    x: np.ndarray,         # [width] x coordinates
+    y: np.ndarray,         # [height, 1] y coordinates
+    vertices: np.ndarray,  # [corners, 2] in order, clockwise or not, no two neighbours equal
+) -> np.ndarray:           # [height, width] negative inside
     "Signed distance to a simple polygon: length from the nearest edge, sign by even-odd."
     start, end = vertices, np.roll(vertices, -1, axis=0)
     falls = (start[:, 1] <= end[:, 1])[:, None]           # make every edge point down
     ax, ay = np.where(falls, start, end).T[..., None, None]
     bx, by = np.where(falls, end, start).T[..., None, None]
-    length = np.sqrt((bx - ax) ** 2 + (by - ay) ** 2)     # [v, 1, 1], as the four above
+    length = np.sqrt((bx - ax) ** 2 + (by - ay) ** 2)     # [e, 1, 1], as the four above
     ux, uy = (bx - ax) / length, (by - ay) / length
-    dx, dy = x - ax, y - ay                               # [v, 1, w] and [v, h, 1]
-    along, across = dx * ux + dy * uy, dx * uy - dy * ux  # [v, h, w]
+    dx, dy = x - ax, y - ay                               # [e, 1, width], [e, height, 1]
+    along, across = dx * ux + dy * uy, dx * uy - dy * ux  # [e, height, width]
     # a ray to the right crosses the edges that span its height and lie to its right
     inside = np.logical_xor.reduce((across < 0) & ((dy >= 0) & (y < by)), axis=0)
     beyond = along - np.clip(along, 0, length)            # nonzero only past the edge's ends
-    nearest = np.sqrt((across * across + beyond * beyond).min(axis=0))  # [h, w]
+    nearest = np.sqrt((across * across + beyond * beyond).min(axis=0))  # [height, width]
     return np.where(inside, -nearest, nearest)
 
 # %% ../nbs/01_scenes.ipynb #70723d65
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 _ARM = 0.34  # half the width of a cross's arm
 _TILT = math.degrees(math.asin(_ARM))
-POLYGONS = {  # corners [v, 2] within the unit circle
+POLYGONS = {  # [corners, 2], within the unit circle
     "square": _corners(range(45, 360, 90), 1),
     "triangle": _corners((-90, 30, 150), 1),
     "star": _corners(range(-90, 270, 36), (1, 0.45)),
@@ -75,7 +75,7 @@ POLYGONS = {  # corners [v, 2] within the unit circle
 
 # %% ../nbs/01_scenes.ipynb #a8daf413
 def _outline(shape, angle):
-    "The polygon [v, 2] of radius 1, turned by `angle` radians, box centred; None if round."
+    "The polygon [corners, 2] of radius 1, turned by `angle` radians, centred; None if round."
     if shape not in POLYGONS: return None
     cos, sin = math.cos(angle), math.sin(angle)
     turned = POLYGONS[shape] @ np.array([[cos, sin], [-sin, cos]])
@@ -105,7 +105,7 @@ class SceneObject:
     def name(self) -> str: return f"{self.color} {self.shape}"
 
     def distance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        "Signed distance [h, w] from points, x [w], y [h, 1], to the edge; negative inside."
+        "Signed distance [height, width] to the edge, from x [width], y [height, 1]."
         x, y = np.float32(x - self.center[0]), np.float32(y - self.center[1])  # faster so
         if self.shape == "circle": return circle_distance(x, y, self.radius)
         if self.shape == "ring": return ring_distance(x, y, self.radius)

@@ -471,6 +471,22 @@ def test_notebook_stands_alone(path):
     assert not remote, f"an image from the network: {remote.group()}"
 
 
+@each(PAGES)
+def test_every_picture_has_an_alternative_text(path): # for those who cannot see it
+    pictures = filter(has_picture, code_cells(read(path)))
+    bare = [c.id for c in pictures if not re.search(r"^#\| *fig-alt: *\S", c.source, re.M)]
+    assert not bare
+
+
+@each(LESSONS)
+def test_lesson_begins_with_its_time_and_what_it_needs(path):
+    line = read(path).cells[1].source.strip().split("\n\n")[-1]
+    duration = r"(?:\d+ minutes|An hour(?: and a (?:half|quarter))?)"
+    assert re.fullmatch(rf"\*{duration}\b.*\bYou need\b.*\*", line, re.S)
+    later = [n for n in re.findall(r"\]\((\d\d)_", line) if n >= path.name[:2]]
+    assert not later
+
+
 TEST = r"^\s*(?:assert\b|test_\w+\(|\w*assert_\w+\()"
 
 
