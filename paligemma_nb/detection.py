@@ -48,7 +48,8 @@ def _pycocotools(): # its COCO, its COCOeval and its mask module
 
 _OTHER_FORMATS = "(from_coco_box and from_yolo_box convert other formats)"
 
-def _corner_and_sides(boxes) -> np.ndarray: # [n, 4]: x1, y1, width, height, as COCO has them
+
+def _corner_and_sides(boxes) -> np.ndarray: # [boxes, 4]: x1, y1, width, height, like COCO
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
     sides = boxes[:, 2:] - boxes[:, :2]
     if not ((sides >= 0) & (sides < np.inf)).all():
@@ -58,9 +59,9 @@ def _corner_and_sides(boxes) -> np.ndarray: # [n, 4]: x1, y1, width, height, as 
 
 
 def box_iou(
-    a: np.ndarray, # [n, 4]: x1, y1, x2, y2; any sequence of boxes will do
-    b: np.ndarray, # [m, 4], in the same unit as a
-) -> np.ndarray: # [n, m], 0 … 1
+    a: np.ndarray, # [boxes, 4]: x1, y1, x2, y2; any sequence of boxes will do
+    b: np.ndarray, # [others, 4], in the same unit as a
+) -> np.ndarray: # [boxes, others], 0 … 1
     """Intersection over union of every box of `a` with every box of `b`, by pycocotools.
     Raises `ValueError` for a box that is not x1 <= x2, y1 <= y2, and without pycocotools."""
     return _iou(*map(_corner_and_sides, (a, b)))
@@ -388,7 +389,7 @@ def average_precision(
 def mask_iou(
     a: list[np.ndarray], # n masks, bool [height, width]
     b: list[np.ndarray], # m masks of the same size
-) -> np.ndarray: # [n, m], 0 … 1
+) -> np.ndarray: # [masks, others], 0 … 1
     """Intersection over union of every mask of `a` with every mask of `b`, by pycocotools.
     Raises `ValueError` for masks that are not bool [height, width], all of one size."""
     kinds = {(np.asarray(m).dtype, np.shape(m)) for m in (*a, *b)}

@@ -50,7 +50,7 @@ class CodebookTrainer:
 
 # %% ../nbs/32_mask_training.ipynb #3e5b161e
 def rasterize(
-    outlines: list[np.ndarray],   # polygons [v, 2], filled
+    outlines: list[np.ndarray],   # polygons [corners, 2], filled
     holes: list[np.ndarray] = (), # polygons cut out of them
 ) -> np.ndarray: # float32 [64, 64], 0 … 1
     "Draws polygons so that their bounding box fills the square."

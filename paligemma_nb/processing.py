@@ -31,10 +31,10 @@ def to_rgb(
 ) -> Image.Image: # mode RGB, upright
     """Any picture as RGB with 8 bits a channel, upright (EXIF), transparency laid on white.
 
-    Arrays and tensors are [h, w], [h, w, c] or [c, h, w], with c of 1 (grey), 3 (RGB, not
-    OpenCV's BGR) or 4 (RGBA); uint8, or float in 0 … 1. Deep greys are clipped to 0 … white
-    and scaled; white is 65535 in 16-bit modes, in `I` and `F` the first of 1 (`F` only), 255,
-    65535 that is at least half the brightest pixel (resizing overshoots), else that pixel.
+    Arrays and tensors are [height, width], or with channels, 1 (grey), 3 (RGB, not OpenCV's
+    BGR) or 4 (RGBA), last or first; uint8, or float in 0 … 1. Deep greys are clipped to
+    0 … white and scaled; white is 65535 in 16-bit modes, in `I` and `F` the first of 1 (`F`
+    only), 255, 65535 that is at least half the brightest pixel (resizing overshoots), else it.
 
     Raises what `open_image` raises for files, TypeError for other types, ValueError for other
     arrays and for greys that leave white open: NaN or infinity; all pixels below 0, or one

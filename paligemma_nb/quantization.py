@@ -28,12 +28,12 @@ from .processing import PaliGemmaProcessor
 _OUTPUTS = 512  # computed at a time, so that intermediate results stay in the cache
 
 
-def _rows(x): # [..., in] -> [m, in], at an address that torch 2.13's int8 kernel can take
+def _rows(x): # [..., in] -> [rows, in], at an address that torch 2.13's int8 kernel can take
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     return rows.clone() if rows.data_ptr() % 64 else rows
 
 
-def _tall_product(x, small): # [m, in], a SmallLinear -> [m, out]
+def _tall_product(x, small): # [rows, in], a SmallLinear -> [rows, out]
     found, m = kernels(), len(x)
     if x.dtype != torch.float32 and found.bytes:
         dtype, (numbers, step, twice) = torch.int8, in_bytes(x, small.limit)
@@ -41,7 +41,7 @@ def _tall_product(x, small): # [m, in], a SmallLinear -> [m, out]
         dtype = x.dtype if x.dtype == torch.bfloat16 and found.bfloat16 else torch.float32
         numbers = x.to(dtype)
     out, start = x.new_empty(m, small.out_features), 0
-    for weight, scale in small.unpack(dtype, _OUTPUTS):  # [in, n] and [n]
+    for weight, scale in small.unpack(dtype, _OUTPUTS):  # [in, outputs] and [outputs]
         part = out[:, start:(start := start + len(scale))]
         kind = torch.int32 if dtype == torch.int8 else dtype
         product = _scratch("product", kind, len(numbers), len(scale))
@@ -77,7 +77,7 @@ class _Product(torch.autograd.Function):
         fast = grad.dtype == torch.bfloat16 and kernels().bfloat16
         dtype = torch.bfloat16 if fast else torch.float32
         total, start = torch.zeros(len(rows), ctx.shape[-1]), 0
-        for weight, scale in ctx.small.unpack(dtype, _OUTPUTS):  # [in, n] and [n]
+        for weight, scale in ctx.small.unpack(dtype, _OUTPUTS):  # [in, outputs] and [outputs]
             part = rows[:, start:(start := start + len(scale))] * scale
             total += part.to(dtype) @ weight.t()
         return total.to(grad.dtype).view(ctx.shape), None
@@ -117,7 +117,7 @@ class Int8Linear(SmallLinear):
             self.register_buffer(name, torch.cat(parts))
 
     @staticmethod
-    def round(rows: Tensor) -> tuple[Tensor, Tensor]: # [n, in] -> int8 [n, in], scales [n]
+    def round(rows: Tensor) -> tuple[Tensor, Tensor]: # [out, in] -> int8, and scales [out]
         tiny = torch.finfo(rows.dtype).tiny
         scale = (rows.abs().amax(dim=1).float() / 127).clamp_min(tiny).to(rows.dtype)
         numbers = (rows.float() / scale.float()[:, None]).round().clamp(-127, 127)
@@ -174,7 +174,7 @@ def int4_rows() -> int | None: # 64 with AVX-512, 32 with AVX2; None: no kernel 
         if torch.equal(product, numbers.T.float()): return rows
 
 
-def _int4_product(rows, packed, group_size, scale_zero): # [m, in], [out, in / 2] -> [m, out]
+def _int4_product(rows, packed, group_size, scale_zero): # [rows, in], [out, in / 2]
     product = torch.ops.aten._weight_int4pack_mm_for_cpu
     return product(rows, packed, group_size, scale_zero)
 
@@ -218,9 +218,9 @@ def unpack_blocks(
 
 # %% ../nbs/21_quantization.ipynb #b10r
 def round_to_int4(
-    weight: Tensor,  # [n, in], of any float dtype
+    weight: Tensor,  # [out, in], of any float dtype
     group_size: int, # neighbours of a row that share a scale and a zero point
-) -> tuple[Tensor, Tensor]: # uint8 [n, in], 0 … 15; [in / group_size, n, 2]
+) -> tuple[Tensor, Tensor]: # uint8 [out, in], 0 … 15; [in / group_size, out, 2]
     """Lays sixteen levels between the smallest and the largest number of each group: the
     numbers of the levels, and for each group a scale and a zero point."""
     groups, tiny = weight.float().unflatten(1,

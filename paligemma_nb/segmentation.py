@@ -59,7 +59,7 @@ class Codebook(nn.Module):
 
 # %% ../nbs/16_segmentation.ipynb #ef173832
 class ResBlock(nn.Module):
-    "Three convolutions, added to their input: [b, c, h, w] -> [b, c, h, w]."
+    "Three convolutions, added to their input: [b, c, rows, columns], in and out."
     def __init__(self, c: int):
         super().__init__()
         self.net = nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.ReLU(),
