@@ -39,7 +39,7 @@ fi
 echo '== 2/4 README.md is index.ipynb'
 python .ci/readme.py --check
 
-echo '== 3/4 every notebook runs'
+echo '== 3/4 every notebook runs, and every check in it knows right from wrong'
 python .ci/notebooks.py index.ipynb nbs/*.ipynb
 
 echo '== 4/4 pytest'

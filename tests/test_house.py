@@ -246,10 +246,8 @@ def run_notebooks(folder, cells, **variables):
     for name, source in cells.items():
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
         nbformat.write(notebook, folder/name)
-    shutil.copy(ROOT/"settings.ini", folder)
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = [sys.executable, ROOT/".ci"/"notebooks.py", *cells]
-    env = os.environ | {"PATH": path} | variables
+    env = os.environ | variables
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 

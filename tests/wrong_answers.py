@@ -1,0 +1,104 @@
+"""Plausible wrong answers to the exercises: each check must say `not yet: …` to them.
+
+By lesson and check, at least two. A pair says what to replace in the lesson's own solution by
+what; a text is a whole answer of its own.
+"""
+WRONG = {}
+
+WRONG["00_tour"] = {
+    "check_image_tokens": [
+        "image_tokens = 512",
+        "image_tokens = 32",
+        "image_tokens = 256",
+    ],
+    "check_turns": [
+        "turns = 11",
+        "turns = 10",
+        "turns = 1",
+    ],
+    "check_odds": [
+        "odds = 4.5",
+        "odds = 9",
+        "odds = 81",
+    ],
+    "check_read_box": [
+        ("y1, x1, y2, x2", "y1, x1, x2, y2"),
+        ("y1, x1, y2, x2", "y2, x2, y1, x1"),
+        ("y1, x1, y2, x2", "x1, x2, y1, y2"),
+    ],
+    "check_row_length": [
+        ("+ 1 + words + 1", "+ words"),
+        ("(size // patch) ** 2", "size // patch ** 2"),
+        ("+ 1 + words + 1", "+ 1 + words"),
+    ],
+    "check_mistake": [
+        "seed, prompt = 5, \"caption en\"",
+        "seed, prompt = HELD_OUT + 13, \"answer en what is the meaning of life?\"",
+    ],
+}
+
+WRONG["01_scenes"] = {
+    "check_between": [
+        "between = 30",
+        "between = 3000",
+    ],
+    "check_pairs": [
+        "pairs = 4",
+        "pairs = 12",
+        "pairs = 16",
+    ],
+    "check_left_of": [
+        ("truth = p.center[0] < q.center[0]", "truth = rng.integers(2)"),
+        ("rng.integers(2)", "1"),
+        """\
+def left_of(scene, rng):
+    for a in scene.objects:
+        for b in scene.objects:
+            if a is b: continue
+            truth = a.center[0] < b.center[0]
+            yield f"is the {a.name} left of the {b.name}?", _yes_no(truth)
+""",
+    ],
+    "check_moon": [
+        "def moon_distance(x, y, radius): return np.where(x > 0, 1., circle_distance(x, y, radius))",
+        ("0.5 * radius", "0.5"),
+        ("np.maximum", "np.minimum"),
+        ("-bite", "bite"),
+    ],
+    "check_largest": [
+        ("1.3 * area(second)", "area(second)"),
+        ("(o.box[2] - o.box[0]) * (o.box[3] - o.box[1])", "o.box[2] - o.box[0]"),
+        ("second, first =", "first, second ="),
+    ],
+}
+
+WRONG["02_siglip"] = {
+    "check_cut": [
+        ("0, 2, 4, 1, 3, 5", "0, 4, 2, 1, 3, 5"),
+        ("0, 2, 4, 1, 3, 5", "0, 2, 4, 3, 5, 1"),
+        ("grid.permute(0, 2, 4, 1, 3, 5)", "grid"),
+    ],
+    "check_spread": [
+        "spread_of_scores = 400",
+        "spread_of_scores = 1",
+    ],
+    "check_what_changes": [
+        "what_changes = \"the order of the rows\"",
+        "what_changes = \"the numbers\"",
+    ],
+    "check_constant": [
+        "each = 1",
+        "each = 5",
+        "each = float(\"nan\")",
+    ],
+    "check_resize": [
+        ("align_corners=False", "align_corners=True"),
+        ("mode=\"bicubic\"", "mode=\"bilinear\""),
+        ("table.T.view", "table.reshape"),
+    ],
+    "check_count": [
+        ("4 * (c * c + c)", "4 * c * c"),
+        ("2 * 2 * c", "2 * c"),
+        ("attention + mlp + norms", "attention + mlp"),
+    ],
+}
