@@ -102,3 +102,33 @@ WRONG["02_siglip"] = {
         ("attention + mlp + norms", "attention + mlp"),
     ],
 }
+
+WRONG["03_rope"] = {
+    "check_opposite": [
+        "distance = 12",
+        "distance = 3",
+    ],
+    "check_position": [
+        "position = 1000",
+        "position = 6283",
+        "position = 250",
+    ],
+    "check_to_halves": [
+        ("dim=1", "dim=2"),
+        ("heads[:, 0::2], heads[:, 1::2]", "heads[:, 1::2], heads[:, 0::2]"),
+        """\
+def to_halves(weight, h):
+    return weight.unflatten(0, (h, 2, -1)).transpose(1, 2).flatten(0, 2)
+""",
+    ],
+    "check_look_back": [
+        ("-distance", "distance"),
+        ("turned_at(-distance, x.view(1, 1, 1, 64)).flatten(), x",
+         "x, turned_at(-distance, x.view(1, 1, 1, 64)).flatten()"),
+    ],
+    "check_theta": [
+        (" ** (d / (d - 2))", ""),
+        ("d - 2", "d - 1"),
+        ("(2 * pi)", "1"),
+    ],
+}
