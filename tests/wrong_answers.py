@@ -132,3 +132,33 @@ def to_halves(weight, h):
         ("(2 * pi)", "1"),
     ],
 }
+
+WRONG["04_kv_cache"] = {
+    "check_passes": [
+        "token_passes = 360",
+        "token_passes = 26000",
+        "token_passes = 100",
+    ],
+    "check_piece_mask": [
+        ("diagonal=past", "diagonal=t"),
+        ("diagonal=past", "diagonal=past - 1"),
+        (".tril(diagonal=past)", ""),
+    ],
+    "check_megabytes": [
+        "megabytes = 4.7",
+        "megabytes = 18.9",
+        "megabytes = 302",
+    ],
+    "check_fit": [
+        ("2 * layers * b * k * d * 2", "layers * b * k * d * 2"),
+        ("* b * k", "* k"),
+        ("d * 2)", "d * 4)"),
+    ],
+    "check_ask": [
+        ("""\
+    cache.length = text_length
+""", ""),
+        ("cache.length = text_length", "cache.length = 0"),
+        ("[:, question.shape[1]:]", "[:, :steps]"),
+    ],
+}
