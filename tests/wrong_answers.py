@@ -162,3 +162,49 @@ WRONG["04_kv_cache"] = {
         ("[:, question.shape[1]:]", "[:, :steps]"),
     ],
 }
+
+WRONG["05_gemma"] = {
+    "check_feature": [
+        "feature = 0.5",
+        "feature = 10",
+    ],
+    "check_kv_head": [
+        "kv_head = 1",
+        "kv_head = 5",
+        "kv_head = 3",
+    ],
+    "check_layer_forward": [
+        ("layer.mlp(layer.post_attention_layernorm(x))", "layer.mlp(x)"),
+        ("layer.self_attn(layer.input_layernorm(x), cos", "layer.self_attn(x, cos"),
+        """\
+def layer_forward(layer, x, cos, sin, mask):
+    y = layer.self_attn(layer.input_layernorm(x), cos, sin, mask)
+    return x + layer.mlp(layer.post_attention_layernorm(y))
+""",
+    ],
+    "check_percent": [
+        "percent = 67",
+        "percent = 50",
+        "percent = 75",
+    ],
+    "check_count": [
+        ("3 * c * config", "2 * c * config"),
+        ("+ config.num_key_value_heads", "+ config.num_attention_heads"),
+        ("num_hidden_layers * layer + c", "num_hidden_layers * layer"),
+    ],
+    "check_share": [
+        """\
+def share_by_hand(q, k, v):
+    k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
+    return (q @ k.mT / q.shape[-1] ** .5).softmax(dim=-1) @ v
+""",
+        """\
+def share_by_hand(q, k, v):
+    rows = q.unflatten(1, (k.shape[1], -1))
+    weights = (rows @ k[:, :, None].mT / q.shape[-1] ** .5).softmax(dim=-1)
+    return (weights @ v[:, :, None]).flatten(1, 2)
+""",
+        ("q.reshape(b, k.shape[1], -1, d)",
+         "q.reshape(b, -1, k.shape[1], t, d).transpose(1, 2).flatten(2, 3)"),
+    ],
+}
