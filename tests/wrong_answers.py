@@ -208,3 +208,31 @@ def share_by_hand(q, k, v):
          "q.reshape(b, -1, k.shape[1], t, d).transpose(1, 2).flatten(2, 3)"),
     ],
 }
+
+WRONG["07_paligemma"] = {
+    "check_allowed": [
+        "allowed = 78",
+        "allowed = 144",
+        "allowed = 87",
+    ],
+    "check_nothing": [
+        "loss_of_nothing = 17.97",
+        "loss_of_nothing = 1 / 257_216",
+        "loss_of_nothing = 5.41",
+    ],
+    "check_loss": [
+        ("logits[:, :-1]", "logits[:, 1:]"),
+        (", ignore_index=-100", ".clamp(min=0)"),
+        ("labels[:, 1:].flatten()", "labels[:, :-1].flatten()"),
+    ],
+    "check_answers": [
+        "def answers_mask(part): return prefix_lm_mask((part > 0).int()[None])[0, 0]",
+        (" & not_after", ""),
+        ("(part == 0) | same & not_after", "((part == 0) | same) & not_after"),
+    ],
+    "check_by_row": [
+        ("losses.sum(dim=1) / (targets != -100).sum(dim=1)", "losses.mean(dim=1)"),
+        ("labels[:, 1:], logits[:, :-1]", "labels[:, :-1], logits[:, 1:]"),
+        ("(losses.sum(dim=1) / (targets != -100).sum(dim=1)).mean()", "losses.mean()"),
+    ],
+}
