@@ -209,6 +209,37 @@ def share_by_hand(q, k, v):
     ],
 }
 
+WRONG["06_gemma2"] = {
+    "check_divisor": [
+        "divisor = 144",
+        "divisor = 11.31",
+        "divisor = 16",
+    ],
+    "check_patches": [
+        "patches = 1500",
+        "patches = 1508",
+        "patches = 4096",
+    ],
+    "check_band_of": [
+        ("j <= i", "j < i"),
+        ("(j <= i) & ", ""),
+        ("j > i - window", "j >= i - window + 2"),
+    ],
+    "check_forgetful": [
+        ("sliding_window - 1", "sliding_window"),
+        ("2 * 2 * config", "2 * config"),
+        ("slide * min(tokens, config.sliding_window - 1) + see_all * tokens",
+         "(slide + see_all) * min(tokens, config.sliding_window - 1)"),
+    ],
+    "check_reach": [
+        ("(window - 1)", "window"),
+        ("len(layer_types) * (window - 1)", "len(layer_types) * window - 1"),
+        ("""\
+    if FULL in layer_types: return None
+""", ""),
+    ],
+}
+
 WRONG["07_paligemma"] = {
     "check_allowed": [
         "allowed = 78",
