@@ -267,3 +267,36 @@ WRONG["07_paligemma"] = {
         ("(losses.sum(dim=1) / (targets != -100).sum(dim=1)).mean()", "losses.mean()"),
     ],
 }
+
+WRONG["10_processing"] = {
+    "check_to_tensor": [
+        ("permute(2, 0, 1)", "permute(2, 1, 0)"),
+        ("permute(2, 0, 1)", "flip(2).permute(2, 0, 1)"),
+        (" / 127.5 - 1", " / 255"),
+    ],
+    "check_num_bytes": [
+        "num_bytes = 6",
+        "num_bytes = 7",
+        "num_bytes = 12",
+    ],
+    "check_num_tokens": [
+        "num_tokens = 3",
+        "num_tokens = 7",
+        "num_tokens = 2",
+    ],
+    "check_picture": [
+        (".round()", ""),
+        ("permute(1, 2, 0)", "permute(2, 1, 0)"),
+        ("(pixels + 1) / 2", "pixels"),
+    ],
+    "check_decode": [
+        "def naive_decode(tokens): return \"\".join(tokens).replace(\"▁\", \" \")",
+        """\
+def naive_decode(tokens):
+    def text(token):
+        if token.startswith("<0x"): return bytes([int(token[3:5], 16)]).decode(errors="replace")
+        return token.replace("▁", " ")
+    return "".join(map(text, tokens))
+""",
+    ],
+}
