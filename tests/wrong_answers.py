@@ -300,3 +300,37 @@ def naive_decode(tokens):
 """,
     ],
 }
+
+WRONG["11_generation"] = {
+    "check_times": [
+        "times_as_likely = 6",
+        "times_as_likely = 1.5",
+        "times_as_likely = 3",
+    ],
+    "check_stay": [
+        "stay = 2",
+        "stay = 4",
+        "stay = 5",
+    ],
+    "check_write_rows": [
+        ("""\
+        if step: new = new.masked_fill(done, pad)
+""", ""),
+        ("done.all()", "done.any()"),
+        ("done = (new == eos) | done", "done = new == eos"),
+    ],
+    "check_min_p": [
+        ("math.log(0.1)", "0.1"),
+        ("logits.amax(-1, keepdim=True)", "logits.amax()"),
+        """\
+def min_p(ids, logits):
+    p = logits.softmax(-1)
+    return logits.masked_fill(p < 0.1, -math.inf)
+""",
+    ],
+    "check_no_echo": [
+        ("ids[:, -1:]", "ids"),
+        ("ids[:, -1:]", "ids[:, :1]"),
+        "def no_echo(ids, logits): logits[:, ids[:, -1]] = -math.inf; return logits",
+    ],
+}
