@@ -334,3 +334,31 @@ def min_p(ids, logits):
         "def no_echo(ids, logits): logits[:, ids[:, -1]] = -math.inf; return logits",
     ],
 }
+
+WRONG["12_attention"] = {
+    "check_likely": [
+        "likely = 0.5",
+        "likely = 0.733",
+        "likely = 0.72",
+    ],
+    "check_rows": [
+        ("[:, :, t - 1:-1]", "[:, :, t - 1:]"),
+        ("[:, :, t - 1:-1]", "[:, :, t - 2:-2]"),
+        ("[:, :, t - 1:-1]", "[:, :, :, t - 1:-1]"),
+    ],
+    "check_share": [
+        "share = 0.25",
+        "share = 0.5",
+        "share = 0.75",
+    ],
+    "check_believe": [
+        (".prod(dim=1)", ".mean(dim=1)"),
+        (".prod(dim=1)", "[:, 0]"),
+        (".prod(dim=1)", ".prod(dim=1).softmax(dim=0)"),
+    ],
+    "check_occlude": [
+        ("before - answer_probs", "1 - answer_probs"),
+        ("[:, i]", "[:, 0]"),
+        ("repeat(n, 1, 1, 1)", "expand(n, -1, -1, -1)"),
+    ],
+}
