@@ -362,3 +362,37 @@ WRONG["12_attention"] = {
         ("repeat(n, 1, 1, 1)", "expand(n, -1, -1, -1)"),
     ],
 }
+
+WRONG["13_hub"] = {
+    "check_is_note": [
+        "def is_note(path): return path.read_text().startswith(\"version\")",
+        "def is_note(path): return b\"git-lfs\" in path.read_bytes()[:200]",
+        "def is_note(path): return path.suffix == \".safetensors\"",
+    ],
+    "check_new_blobs": [
+        "new_blobs = 5",
+        "new_blobs = 0",
+        "new_blobs = 6",
+    ],
+    "check_megabytes": [
+        "megabytes = 0",
+        "megabytes = 15.2",
+        "megabytes = 22.8",
+    ],
+    "check_to_fetch": [
+        ("int(text.split(\"size \")[1]) for text", "len(text) for text"),
+        ("if is_pointer(path)", "if is_pointer(path) and path.name == WEIGHTS"),
+        "def to_fetch(folder): return sum(path.stat().st_size for path in folder.iterdir())",
+    ],
+    "check_unused": [
+        ("(cache / \"snapshots\" / v).iterdir()",
+         "(cache / \"snapshots\" / v).iterdir() if link.name == WEIGHTS"),
+        ("- used", "& used"),
+        """\
+def unused(cache):
+    links = (cache / "snapshots").glob("*/*")
+    used = {os.readlink(link).split("/")[-1] for link in links}
+    return {path.name for path in (cache / "blobs").iterdir()} - used
+""",
+    ],
+}
