@@ -1,7 +1,7 @@
 """Run notebooks from top to bottom, as `jupyter nbconvert --execute` does, two at a time, each
 in a process of its own with one thread.
 
-Takes their paths; prints what each takes of a processor, and the sum. In the lesson's kernel it
+Takes their paths; prints what each takes of a processor, and the sum. In a lesson's kernel it
 also tries each exercise: the stub and all wrong answers must get `not yet: …` of their check,
 the folded solution `right: …`. Exit code 1: a cell raises, a check is mistaken, a notebook
 hangs, or a file here has changed.

@@ -3,7 +3,7 @@
 One is a text cell with its label, a cell `# your turn` that ends with a check, and a text cell
 with the folded solution:
 
-    **Write it: a moon** (●●○, 10 minutes). …     or **Predict, then run** or **Find the fault**
+    **Write it: a moon** (●●○, 10 minutes). …  or **Predict, then run** or **Find the fault**
 """
 import re
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from wrong_answers import WRONG
 
 KINDS = "Predict, then run", "Write it", "Find the fault"
-LABEL = re.compile(rf"^\*\*({'|'.join(KINDS)})(?:: [^*]+)?\*\* \((.+?), (\d+) minutes?\)\.", re.M)
+LABEL = re.compile(rf"^\*\*({'|'.join(KINDS)}): [^*]+\*\* \((.+?), (\d+) minutes?\)\.", re.M)
 SOLUTION = re.compile(r"<details><summary>Solution</summary>\n.*?^```python\n(.*?)^```$"
                       r".*?</details>", re.M | re.S)
 CHECK = re.compile(r"^(check_\w+)\(.*\)$")
@@ -61,5 +61,5 @@ def exercises(nb) -> list[Exercise]:
             found.append(Exercise(kind, stars, int(minutes), hints, stub,
                                   CHECK.match(call)[1], call, solution[1].rstrip()))
             task = stub = None
-    if task is not None: raise ValueError("the last label has no stub, or the stub no solution")
+    if task is not None: raise ValueError("the last label lacks a stub, or a solution")
     return found

@@ -97,8 +97,8 @@ def test_a_right_lesson_passes(tmp_path): assert run_lesson(tmp_path)[0] == 0
 
 
 @pytest.mark.parametrize("change, expected", [
-    (dict(condition="twice(3) == 6"), "expected 'not yet:', got 'right: 6':\ndef twice(x): return x + 3"),
-    (dict(condition="twice(3) == 3"), "expected 'not yet:', got 'right: 6':\ndef twice(x): return x  # your turn"),
+    (dict(condition="twice(3) == 6"), "got 'right: 6':\ndef twice(x): return x + 3"),
+    (dict(condition="twice(3) == 3"), "got 'right: 6':\ndef twice(x): return x  # your turn"),
     (dict(condition="twice(3) == 7"), "expected 'right:', got 'not yet: 6'"),
     (dict(stub="twice = None  # your turn\ncheck_twice(twice)"), "TypeError"),
     (dict(solution="No solution."), "expected the folded solution"),
