@@ -60,7 +60,10 @@ def left_of(scene, rng):
 """,
     ],
     "check_moon": [
-        "def moon_distance(x, y, radius): return np.where(x > 0, 1., circle_distance(x, y, radius))",
+        """\
+def moon_distance(x, y, radius):
+    return np.where(x > 0, 1., circle_distance(x, y, radius))
+""",
         ("0.5 * radius", "0.5"),
         ("np.maximum", "np.minimum"),
         ("-bite", "bite"),
@@ -155,9 +158,8 @@ WRONG["04_kv_cache"] = {
         ("d * 2)", "d * 4)"),
     ],
     "check_ask": [
-        ("""\
-    cache.length = text_length
-""", ""),
+        ("    cache.length = text_length\n",
+         ""),
         ("cache.length = text_length", "cache.length = 0"),
         ("[:, question.shape[1]:]", "[:, :steps]"),
     ],
@@ -234,9 +236,8 @@ WRONG["06_gemma2"] = {
     "check_reach": [
         ("(window - 1)", "window"),
         ("len(layer_types) * (window - 1)", "len(layer_types) * window - 1"),
-        ("""\
-    if FULL in layer_types: return None
-""", ""),
+        ("    if FULL in layer_types: return None\n",
+         ""),
     ],
 }
 
@@ -294,7 +295,8 @@ WRONG["10_processing"] = {
         """\
 def naive_decode(tokens):
     def text(token):
-        if token.startswith("<0x"): return bytes([int(token[3:5], 16)]).decode(errors="replace")
+        if token.startswith("<0x"):
+            return bytes([int(token[3:5], 16)]).decode(errors="replace")
         return token.replace("▁", " ")
     return "".join(map(text, tokens))
 """,
@@ -313,9 +315,8 @@ WRONG["11_generation"] = {
         "stay = 5",
     ],
     "check_write_rows": [
-        ("""\
-        if step: new = new.masked_fill(done, pad)
-""", ""),
+        ("        if step: new = new.masked_fill(done, pad)\n",
+         ""),
         ("done.all()", "done.any()"),
         ("done = (new == eos) | done", "done = new == eos"),
     ],
@@ -382,7 +383,10 @@ WRONG["13_hub"] = {
     "check_to_fetch": [
         ("int(text.split(\"size \")[1]) for text", "len(text) for text"),
         ("if is_pointer(path)", "if is_pointer(path) and path.name == WEIGHTS"),
-        "def to_fetch(folder): return sum(path.stat().st_size for path in folder.iterdir())",
+        """\
+def to_fetch(folder):
+    return sum(path.stat().st_size for path in folder.iterdir())
+""",
     ],
     "check_unused": [
         ("(cache / \"snapshots\" / v).iterdir()",
@@ -394,5 +398,47 @@ def unused(cache):
     used = {os.readlink(link).split("/")[-1] for link in links}
     return {path.name for path in (cache / "blobs").iterdir()} - used
 """,
+    ],
+}
+
+WRONG["16_segmentation"] = {
+    "check_bits": [
+        "num_bits = 224",
+        "num_bits = 512",
+        "num_bits = 64",
+    ],
+    "check_numbers": [
+        "numbers = 16",
+        "numbers = 94",
+        "numbers = 32",
+    ],
+    "check_put": [
+        ("np.zeros(size[::-1], bool)", "np.zeros(size, bool)"),
+        ("(x2 - x1, y2 - y1)", "(y2 - y1, x2 - x1)"),
+        ("    small = Image.fromarray(square).resize((x2 - x1, y2 - y1))",
+         "    small = np.asarray(Image.fromarray(square).resize((y2 - y1, x2 - "
+         "x1))).T"),
+    ],
+    "check_mirror": [
+        """\
+def mirror(codes):
+    return tuple(np.reshape(codes, (4, 4))[:, ::-1].flatten().tolist())
+""",
+        ("mask[:, ::-1]", "mask[::-1]"),
+        ("mask[:, ::-1]", "mask"),
+    ],
+    "check_decode_exactly": [
+        ("    part = [64 + 64 * (v - low) / (high - low) for v, low, high in\n"
+         "            ((left, x1, x2), (top, y1, y2), (right, x1, x2), (bottom, "
+         "y1, y2))]\n"
+         "    shown = Image.fromarray(square).resize(\n"
+         "        (right - left, bottom - top), Image.Resampling.BILINEAR, "
+         "box=part)\n",
+         "    square = torch.from_numpy(square)[None, None, 64:128, 64:128]\n"
+         "    shown = F.interpolate(square, (bottom - top, right - left), "
+         "mode=\"bilinear\",\n"
+         "                          align_corners=True)[0, 0]\n"),
+        ("np.floor(box[:2]), *np.ceil(box[2:])", "np.floor(box[:2]), *np.floor(box[2:])"),
+        ("box=part", "box=(64, 64, 128, 128)"),
     ],
 }
