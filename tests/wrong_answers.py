@@ -442,3 +442,26 @@ def mirror(codes):
         ("box=part", "box=(64, 64, 128, 128)"),
     ],
 }
+
+WRONG["19_kernels"] = {
+    "check_at_once": [
+        "at_once = 64",
+        "at_once = 8",
+        "at_once = 256",
+    ],
+    "check_percent": [
+        "percent = 1",
+        "percent = 35",
+        "percent = 44",
+    ],
+    "check_to_bytes": [
+        ("amax(dim=1, keepdim=True)", "amax(dim=0, keepdim=True)"),
+        ("/ 127", "/ 255"),
+        (".round()", ".round().abs()"),
+    ],
+    "check_longest": [
+        "def longest(bits): return 2**bits",
+        ("2**(bits - 1) - 1", "2**bits - 1"),
+        ("127**2", "128**2"),
+    ],
+}
