@@ -465,3 +465,35 @@ WRONG["19_kernels"] = {
         ("127**2", "128**2"),
     ],
 }
+
+WRONG["20_big_vision"] = {
+    "check_output_matrix": [
+        ("w.flatten(0, 1).T", "w.reshape(w.shape[2], -1)"),
+        ("w.flatten(0, 1).T", "w.transpose(0, 1).flatten(0, 1).T"),
+        ("w.flatten(0, 1).T", "w.flatten(0, 1)"),
+    ],
+    "check_gigabytes": [
+        "gigabytes = 1.21",
+        "gigabytes = 4.83",
+        "gigabytes = 0.13",
+    ],
+    "check_number": [
+        "number = 2.5",
+        "number = 2.313",
+        "number = 4.25",
+    ],
+    "check_split": [
+        ("\"HCD\", \"HD C\"", "\"HCD\", \"DH C\""),
+        "def split_qkv(w): return [x.flatten(0, 1).T.reshape(24, 10) for x in w]",
+        """\
+def split_qkv(w):
+    return [to_published(x, "HCD", "HD C") for x in (w[0], w[2], w[1])]
+""",
+    ],
+    "check_piece": [
+        ("\"img/Transformer/encoderblock/\", \"llm/layers/\"",
+         "\"img/Transformer/encoderblock/\", \"img/\""),
+        ("shape[1:] if key.startswith(stacks) else shape", "shape[1:]"),
+        ("4 * max", "2 * max"),
+    ],
+}
