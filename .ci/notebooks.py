@@ -77,7 +77,7 @@ def files() -> dict[str, int]:
     times = {}
     for folder, folders, names in os.walk("."):
         folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
-        times |= {path: os.stat(path).st_mtime_ns for path in
+        times |= {path: os.lstat(path).st_mtime_ns for path in
                   (os.path.join(folder, name) for name in names)}
     return times
 

@@ -47,7 +47,7 @@ def exercises(nb) -> list[Exercise]:
     found, task, stub = [], None, None
     for i, cell in enumerate(nb.cells):
         labels = LABEL.findall(cell.source) if cell.cell_type == "markdown" else ()
-        if len(labels) + (task is not None and len(labels)) > 1:
+        if len(labels) > 1 or labels and task:
             raise ValueError(f"cell {i}: two labels, and no stub between them")
         if labels: task = (*labels[0], cell.source.count("<summary>Hint"))
         if cell.cell_type == "code" and "# your turn" in cell.source:

@@ -497,3 +497,26 @@ def split_qkv(w):
         ("4 * max", "2 * max"),
     ],
 }
+
+WRONG["22_speed"] = {
+    "check_intensity": [
+        "for_each_byte = 32",
+        "for_each_byte = 8",
+        "for_each_byte = 64",
+    ],
+    "check_gflops": [
+        ("2 * rows", "rows"),
+        ("1e6", "1e9"),
+        ("1e6", "1e3"),
+    ],
+    "check_at_least": [
+        "at_least = 5",
+        "at_least = 20",
+        "at_least = 125",
+    ],
+    "check_free_rows": [
+        ("peak / 2", "peak"),
+        ("bits / 8", "bits"),
+        ("bits / 8 / bandwidth * peak / 2", "peak / bandwidth"),
+    ],
+}
