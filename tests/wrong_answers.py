@@ -520,3 +520,34 @@ WRONG["22_speed"] = {
         ("bits / 8 / bandwidth * peak / 2", "peak / bandwidth"),
     ],
 }
+
+WRONG["23_lora"] = {
+    "check_trained": [
+        "trained = 8_000",
+        "trained = 4_000",
+        "trained = 2_000_000",
+    ],
+    "check_merge": [
+        ("alpha / len(a)", "alpha"),
+        ("b @ a", "a.T @ b.T"),
+        ("alpha / len(a) * ", ""),
+    ],
+    "check_factor": [
+        "factor = 2",
+        "factor = 16",
+        "factor = 512",
+    ],
+    "check_size": [
+        ("config.num_hidden_layers * rank", "config.num_hidden_layers * 8"),
+        ("k_proj=c + k, v_proj=c + k", "k_proj=c + q, v_proj=c + q"),
+        ("down_proj=m + c", "down_proj=m + m"),
+    ],
+    "check_stack": [
+        ("scale1 * b1, scale2 * b2", "b1, b2"),
+        ("torch.cat((a1, a2)), torch.cat((scale1 * b1, scale2 * b2), dim=1)",
+         "torch.cat((scale1 * a1, scale2 * a2)), torch.cat((scale1 * b1, scale2 "
+         "* b2), dim=1)"),
+        ("return torch.cat((a1, a2)), torch.cat((scale1 * b1, scale2 * b2), dim=1)",
+         "return torch.eye(20), scale1 * b1 @ a1 + scale2 * b2 @ a2"),
+    ],
+}
