@@ -551,3 +551,28 @@ WRONG["23_lora"] = {
          "return torch.eye(20), scale1 * b1 @ a1 + scale2 * b2 @ a2"),
     ],
 }
+
+WRONG["30_tasks"] = {
+    "check_precision": [
+        "precision = 1",
+        "precision = 0.44",
+        "precision = 0.5",
+    ],
+    "check_points": [
+        "points = 0.4",
+        "points = 20",
+        "points = 1.6",
+    ],
+    "check_exam": [
+        ("HELD_OUT + seed", "HELD_OUT - num + seed"),
+        ("make_scene(HELD_OUT + seed)", "make_scene(HELD_OUT)"),
+        ("HELD_OUT + seed) for seed in range(first, first + num)",
+         "seed) for seed in range(HELD_OUT - 1, HELD_OUT + num - 1)"),
+    ],
+    "check_by_objects": [
+        ("        if \"iou\" not in a.marks: continue\n",
+         ""),
+        ("append(a.marks[\"iou\"])", "append(a.marks[\"iou\"] > 0.5)"),
+        ("float(np.mean(ious))", "float(np.sum(ious))"),
+    ],
+}
