@@ -576,3 +576,33 @@ WRONG["30_tasks"] = {
         ("float(np.mean(ious))", "float(np.sum(ious))"),
     ],
 }
+
+WRONG["31_training"] = {
+    "check_part": [
+        "part = 0.5",
+        "part = 0.25",
+        "part = 0.2",
+    ],
+    "check_length": [
+        "squared_length = 68.25",
+        "squared_length = 1",
+        "squared_length = 10.5",
+    ],
+    "check_descend": [
+        ("        optimizer.zero_grad()\n"
+         "        (w * batch).mean().backward()\n",
+         "        (w * batch).mean().backward()\n"
+         "        optimizer.zero_grad()\n"),
+        ("    for batch in batches:\n"
+         "        optimizer.zero_grad()\n",
+         "    optimizer.zero_grad()\n"
+         "    for batch in batches:\n"),
+        ("        optimizer.step()", "    optimizer.step()"),
+    ],
+    "check_cosine": [
+        ("(step + 1) / warmup", "step / warmup"),
+        ("(step - warmup) / (steps - warmup)", "step / steps"),
+        ("(1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2",
+         "1 - (step - warmup) / (steps - warmup)"),
+    ],
+}
