@@ -606,3 +606,26 @@ WRONG["31_training"] = {
          "1 - (step - warmup) / (steps - warmup)"),
     ],
 }
+
+WRONG["32_mask_training"] = {
+    "check_slope": [
+        "slope = -0.8",
+        "slope = 0",
+        "slope = 1",
+    ],
+    "check_choose": [
+        ("x + (nearest - x).detach()", "nearest"),
+        ("x + (nearest - x).detach()", "x"),
+        ("(nearest - x).detach()", "nearest - x.detach()"),
+    ],
+    "check_first": [
+        "first_number = 0.2",
+        "first_number = 1",
+        "first_number = 0.11",
+    ],
+    "check_effective_codes": [
+        ("uses[uses > 0]", "uses"),
+        ("np.log2", "np.log"),
+        ("2 ** -(p * np.log2(p)).sum()", "-(p * np.log2(p)).sum()"),
+    ],
+}
