@@ -629,3 +629,34 @@ WRONG["32_mask_training"] = {
         ("2 ** -(p * np.log2(p)).sum()", "-(p * np.log2(p)).sum()"),
     ],
 }
+
+WRONG["33_contrastive"] = {
+    "check_no": [
+        "loss_of_no = 70",
+        "loss_of_no = 80",
+        "loss_of_no = 5.5",
+        "loss_of_no = 1.25",
+    ],
+    "check_one_line": [
+        (", reduction=\"sum\") / len(logits)", ")"),
+        ("F.binary_cross_entropy_with_logits(logits, answers, reduction=\"sum\") "
+         "/ len(logits)",
+         "F.cross_entropy(logits, torch.arange(len(logits)))"),
+        ("torch.eye(len(logits))", "torch.ones_like(logits)"),
+    ],
+    "check_held": [
+        "held = 256",
+        "held = 1024",
+        "held = 32",
+    ],
+    "check_fair": [
+        ("i == j or captions[i] != captions[j]", "captions[i] != captions[j]"),
+        ("/ n", "/ counted.sum()"),
+        ("i == j or captions[i] != captions[j]", "captions[i] == captions[j]"),
+    ],
+    "check_recall": [
+        ("better < k", "better <= k"),
+        ("logits.diagonal()[:, None]).sum(1)", "logits.diagonal()).sum(0)"),
+        ("logits > logits", "logits >= logits"),
+    ],
+}
