@@ -660,3 +660,28 @@ WRONG["33_contrastive"] = {
         ("logits > logits", "logits >= logits"),
     ],
 }
+
+WRONG["34_datasets"] = {
+    "check_nats": [
+        "nats = 5",
+        "nats = math.log(5)",
+        "nats = math.log(24)",
+    ],
+    "check_guess": [
+        "my_guess = [True] * 6",
+        "my_guess = [False, True, False, False, False, True]",
+        "my_guess = [True, False, False, False, False, True]",
+    ],
+    "check_yolo": [
+        ("in_order(things)", "things"),
+        ("from_yolo_box([float(n) for n in numbers], size)",
+         "tuple(float(n) * 112 for n in numbers)"),
+        ("                 for name, things in found.items()]",
+         "                 for name, things in found.items() if things]"),
+    ],
+    "check_cure": [
+        "def cure(rows): return []",
+        ("    for name in names:", "    for name in names[:0]:"),
+        ("in_order(objects.values())", "objects.values()"),
+    ],
+}
