@@ -552,6 +552,28 @@ WRONG["23_lora"] = {
     ],
 }
 
+WRONG["24_opening"] = {
+    "check_objects": [
+        "objects = 4",
+        "objects = 2",
+    ],
+    "check_looks": [
+        "looks = 20",
+        "looks = 5",
+        "looks = 1",
+    ],
+    "check_remembered": [
+        ("path.stat().st_mtime_ns, path.stat().st_size", "path.stat().st_size"),
+        "def remembered(path, read, memory): return read(path)",
+        ("!= state", "is None"),
+    ],
+    "check_count": [
+        "def count(image, names): return dict.fromkeys(names, 2)",
+        ("len(a.detections)", "len(a.text) > 0"),
+        ("f\"detect {name}\" for name in names", "f\"detect {names[0]}\" for name in names"),
+    ],
+}
+
 WRONG["30_tasks"] = {
     "check_precision": [
         "precision = 1",
