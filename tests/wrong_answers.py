@@ -707,3 +707,37 @@ WRONG["34_datasets"] = {
         ("in_order(objects.values())", "objects.values()"),
     ],
 }
+
+WRONG["35_finetuning"] = {
+    "check_of_batch": [
+        "of_batch = 2",
+        "of_batch = 2.5",
+        "of_batch = 4",
+    ],
+    "check_steps": [
+        "steps_needed = 3",
+        "steps_needed = 10",
+        "steps_needed = 40",
+    ],
+    "check_fit": [
+        ("[ids for ids in answers if len(ids) <= limit]",
+         "[ids[:limit - 1] + ids[-1:] for ids in answers]"),
+        ("[ids for ids in answers if len(ids) <= limit]", "[ids[-limit:] for ids in answers]"),
+        ("<= limit", "< limit"),
+        ("[ids for ids in answers if len(ids) <= limit]", "answers"),
+    ],
+    "check_old_rows": [
+        """\
+def old_rows(batch_size, share, steps):
+    return round(batch_size * share * steps)
+""",
+        ("round(batch_size * share) * steps", "batch_size * steps"),
+        ("round", "math.ceil"),
+    ],
+    "check_repeats": [
+        ("k=1", "k=0"),
+        ("np.triu(box_iou(boxes, boxes), k=1)", "box_iou(boxes, boxes) - np.eye(len(boxes))"),
+        ("    if not boxes: return 0.\n",
+         ""),
+    ],
+}
