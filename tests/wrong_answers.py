@@ -741,3 +741,26 @@ def old_rows(batch_size, share, steps):
          ""),
     ],
 }
+
+WRONG["48_command"] = {
+    "check_flags": [
+        "flags = {\"nosample\": True}, {\"notable\": True}",
+        "flags = {\"sample\": False}, {\"notable\": True}",
+    ],
+    "check_tell": [
+        ("    print(answer)", "    print(answer, file=sys.stderr)"),
+        ("    print(f\"device: {device}\", file=sys.stderr)\n",
+         ""),
+        (", file=sys.stderr", ""),
+    ],
+    "check_exit_code": [
+        "exit_code = 15",
+        "exit_code = 130",
+        "exit_code = 2",
+    ],
+    "check_as_size": [
+        "def as_size(text): return tuple(map(int, text.split('x')))",
+        ("if min(width, height) >= 1: ", ""),
+        ("got {text!r}", "got something else"),
+    ],
+}
