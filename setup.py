@@ -1,14 +1,33 @@
-"Packaging. Every value comes from settings.ini, the file that nbdev reads too."
+"""Packaging. Every value comes from settings.ini, the file that nbdev reads too. A wheel holds
+the course as well: its notebooks, without their outputs, and the records that they read."""
+import json
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 root = Path(__file__).parent
 config = ConfigParser()
 config.read(root/"settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 package = cfg["lib_path"]
+COURSE = "index.ipynb", "nbs/*.ipynb", "nbs/data/*.json", "bench/results/**/*.json"
+
+
+class BuildWithCourse(build_py):
+    def run(self):
+        super().run()
+        if self.editable_mode: return  # the notebooks lie beside the package
+        for pattern in COURSE:
+            for path in root.glob(pattern):
+                content = json.loads(path.read_text(encoding="utf-8"))
+                for cell in content.get("cells", []) if path.suffix == ".ipynb" else []:
+                    if "outputs" in cell: cell |= {"outputs": [], "execution_count": None}
+                target = Path(self.build_lib, package, "course", path.relative_to(root))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
 
 setup(
     name=cfg["lib_name"],
@@ -22,9 +41,11 @@ setup(
     keywords=cfg["keywords"].split(),
     python_requires=f">={cfg['min_python']}",
     packages=[package],
+    cmdclass={"build_py": BuildWithCourse},
     package_data={package: cfg["package_data"].split()},
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("train", "dev")},
+    extras_require={name: cfg[f"{name}_requirements"].split()
+                    for name in ("train", "course", "dev")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{package} = {package}._modidx:d"],  # for links from `names` in prose

@@ -332,7 +332,8 @@ COMMANDS = {  # name -> function, or where it is; None: what runs without a name
     "finetune": "finetuning:finetune_files", "evaluate": "finetuning:evaluate_files",
     "quantize": "quantization:write_quantized", "convert": "big_vision:convert_npz",
     "train-masks": "mask_training:train_mask_vae",
-    "evaluate-masks": "mask_training:measure_mask_vae"}
+    "evaluate-masks": "mask_training:measure_mask_vae",
+    "practice": "practice:write_course", "mine": "practice:show_mine"}
 
 # %% ../nbs/49_inference.ipynb #4a0bf38d
 def main(argv: list[str] | None = None) -> int: # exit code
