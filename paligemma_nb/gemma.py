@@ -87,7 +87,7 @@ def grouped_scores(
 ) -> Tensor: # [b, h, t, n] float32
     "How well each key fits each query, before mask and softmax."
     # the query heads of a group are stacked as rows, so that keys need not be repeated
-    rows = q.reshape(len(q), k.shape[1], -1, q.shape[-1])  # [b, k, h/k * t, d]
+    rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])  # [b, k, h/k * t, d]
     # a cache's keys are not contiguous, and the product would copy them transposed: slow
     scores = rows @ k.contiguous().transpose(-1, -2)  # [b, k, h/k * t, n]
     return scores.view(*q.shape[:3], -1).float().mul_(scale)
