@@ -331,6 +331,7 @@ COMMANDS = {  # name -> function, or where it is; None: what runs without a name
     None: answer, "train": "training:train_tiny",
     "finetune": "finetuning:finetune_files", "evaluate": "finetuning:evaluate_files",
     "quantize": "quantization:write_quantized", "convert": "big_vision:convert_npz",
+    "export": "export:export_model",
     "train-masks": "mask_training:train_mask_vae",
     "evaluate-masks": "mask_training:measure_mask_vae",
     "practice": "practice:write_course", "mine": "practice:show_mine"}
