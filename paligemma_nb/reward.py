@@ -88,9 +88,13 @@ class RewardRecipe:
         if self.reward not in REWARDS:
             raise ValueError(f"expected a reward of {', '.join(REWARDS)}, got {self.reward!r}")
         if self.samples < 2: raise ValueError("one answer has nothing to be compared with")
-        for name in ("steps", "scenes_per_step", "updates", "clip", "max_new_tokens"):
+        for name in ("steps", "scenes_per_step", "updates", "warmup_steps", "clip"):
             if not (value := getattr(self, name)) > 0:
                 raise ValueError(f"{name}: expected more than 0, got {value}")
+        if not self.kl >= 0: raise ValueError(f"kl: expected 0 or more, got {self.kl}")
+        if self.scenes_per_step % self.updates:
+            raise ValueError(f"{self.scenes_per_step} prompts do not make {self.updates} "
+                             "updates of equal size")
 
     def rates(self, step: int) -> dict[str, float]: # of each optimizer
         "Up for a few steps, then down along a line. Raises ValueError for no step of the run."
@@ -195,8 +199,10 @@ def practice_step(
     model: PaliGemmaForConditionalGeneration, start: PaliGemmaForConditionalGeneration,
     processor: PaliGemmaProcessor, optimizers: dict[str, Optimizer],
     asked: list[tuple[Scene, Example]], recipe: RewardRecipe, step: int,
-) -> dict[str, float]: # means over the answers: reward, spread, kl, clipped, tokens, boxes
-    "Answers, marks the answers, makes better ones likelier (GRPO, arXiv 2402.03300)."
+) -> dict[str, float]: # means
+    """Answers, marks the answers, makes better ones likelier (GRPO, arXiv 2402.03300). Returns
+    their reward, its spread within a group, the distance to the start (kl), the share of
+    tokens past the clip, lengths in tokens, boxes, and the objects that they were asked for."""
     seed = int(np.random.default_rng([recipe.seed, step, 1]).integers(2**31))
     inputs, ids, found, rewards = sample_answers(model, processor, asked, recipe, seed)
     advantages = (rewards - rewards.mean(dim=1, keepdim=True)).flatten()  # [g * n]
@@ -207,7 +213,7 @@ def practice_step(
             return answer_logprobs(m, some, ids.view(-1, n, ids.shape[1])[part].flatten(0, 1))
 
     with torch.no_grad(): (first, counts), (before, _) = logprobs(start), logprobs(model)
-    told, size = [], -(-len(asked) // recipe.updates)
+    told, size = [], len(asked) // recipe.updates
     for i in range(0, len(asked), size):
         part, rows = slice(i, i + size), slice(i * recipe.samples, (i + size) * recipe.samples)
         model.zero_grad()
@@ -222,7 +228,8 @@ def practice_step(
     kl, clipped = np.mean(told, axis=0).tolist()
     return dict(reward=rewards.mean().item(), spread=rewards.std(dim=1).mean().item(), kl=kl,
                 clipped=clipped, tokens=counts.sum(dim=1).float().mean().item(),
-                boxes=float(np.mean([len(boxes) for boxes in found])))
+                boxes=float(np.mean([len(boxes) for boxes in found])),
+                objects=float(np.mean([len(example.objects) for _, example in asked])))
 
 # %% ../nbs/37_reward.ipynb #re0112
 def fingerprint(model: nn.Module) -> str: # 16 letters
