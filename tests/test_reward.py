@@ -1,6 +1,7 @@
 """Practice by rewards: what an answer is worth, gradients against their definitions, runs that
 were stopped, the stored runs."""
 import json
+import sys
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,9 +22,13 @@ from paligemma_nb.reward import (
 from paligemma_nb.scenes import HELD_OUT, make_scene
 from paligemma_nb.segmentation import find_objects
 from paligemma_nb.tasks import Example, evaluate, scene_examples
-from paligemma_nb.training import initialize, make_optimizers, tiny_config
+from paligemma_nb.training import Recipe, initialize, tiny_config
 
-RECORDS = Path(__file__).parents[1] / "nbs" / "data" / "37_reward.json"
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+import reward as bench  # noqa: E402
+
+RECORDS = ROOT / "nbs" / "data" / "37_reward.json"
 SMALL = RewardRecipe(steps=4, scenes_per_step=2, samples=3, warmup_steps=1, max_new_tokens=6)
 
 
@@ -266,3 +271,106 @@ def test_a_fingerprint_sees_every_number(fresh):
     first = fingerprint(fresh)
     with torch.no_grad(): fresh.language_model.model.norm.weight[-1] += 1e-6
     assert fingerprint(fresh) != first == first.lower() and len(first) == 16
+
+
+# --- the script, and what it stored
+
+def small_recipes(monkeypatch):
+    reward_recipe, plain_recipe = bench.reward_recipe, bench.plain_recipe
+    monkeypatch.setattr(bench, "EVERY", 2)
+    monkeypatch.setattr(bench, "reward_recipe", lambda kind, seed: replace(
+        reward_recipe(kind, seed), steps=4, scenes_per_step=2, samples=2, max_new_tokens=3))
+    monkeypatch.setattr(bench, "plain_recipe", lambda kind, seed: replace(
+        plain_recipe(kind, seed), steps=6, scenes_per_step=4, warmup_steps=1, decay_steps=6))
+
+
+def test_one_command_repeats_all_runs_that_are_missing(tmp_path, monkeypatch, capsys):
+    small_recipes(monkeypatch)
+    marks = {kind: dict(right=0.5) for kind in ("caption", "where", "count")}
+    monkeypatch.setattr(bench, "told", lambda *_: dict(right=0.5, answers=[], marks=marks))
+    monkeypatch.setattr(module, "exam", lambda *_: (0.5, []))
+    monkeypatch.setattr(bench, "ALL", (("practice", 1), ("plain", 0), ("gentle", 0)))
+    output = tmp_path / "out.json"
+    bench.all_runs(tmp_path, output)
+    stored = json.loads(output.read_text())
+    assert [(r["kind"], r["seed"]) for r in stored["runs"]] == [*bench.ALL]
+    assert [r["history"][-1]["step"] for r in stored["runs"]] == [4, 6, 6]
+    assert all(r["start"] == stored["start"] for r in stored["runs"])
+    assert stored["runs"][2]["recipe"]["muon_lr"] < stored["runs"][1]["recipe"]["muon_lr"]
+    assert "| practice | 1 |" in capsys.readouterr().out
+
+    path = tmp_path / "plain-0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(start="others")))
+    with pytest.raises(SystemExit, match="holds a run from weights others"):
+        bench.all_runs(tmp_path, output)  # which runs none of them again
+    assert json.loads(output.read_text()) == stored
+
+
+def test_plain_training_sees_what_practice_sees(tmp_path, monkeypatch, shipped):
+    small_recipes(monkeypatch)
+    def seen(kind, first, seed=0):
+        def run_steps(folder, model, optimizers, recipe, batches, measure, *every):
+            found = batches(first)
+            return [next(found) for _ in range(first, recipe.steps)]
+        monkeypatch.setattr("paligemma_nb.training.run_steps", run_steps)
+        recipe, practice = bench.plain_recipe(kind, seed), bench.reward_recipe(kind, 0)
+        some = bench.train_plainly(tmp_path, *shipped, recipe, practice, kind == "fresh")
+        return [sorted(map(tuple, x["pixel_values"].flatten(1)[:, :9].tolist())) for x in some]
+    recipe = bench.reward_recipe("practice", 0)
+    pictures = [scene.pixels for k in range(4) for scene, _ in practice_prompts(recipe, k)]
+    inputs = shipped[1](pictures, ["caption en"] * 8)["pixel_values"]
+    once = sorted(map(tuple, inputs.flatten(1)[:, :9].tolist()))
+    plain = seen("plain", 0)
+    for i in (0, 2, 4): assert sorted(plain[i] + plain[i + 1]) == once  # in each pass
+    assert plain[0] != plain[2] and seen("plain", 3) == plain[3:]
+    assert seen("plain", 0, seed=1) != plain
+    fresh = [x for batch in seen("fresh", 0) for x in batch]
+    assert len({*fresh}) == len(fresh) == 24 and not {*fresh} & {*once}
+
+
+@pytest.fixture(scope="module")
+def stored(): return json.loads(RECORDS.read_text())
+
+
+def test_stored_runs_belong_to_their_recipes(stored):
+    for r in stored["runs"]:
+        name, rows = (r["kind"], r["seed"]), r["history"]
+        assert r["start"] == stored["start"] and r["machine"], name
+        if r["kind"] in bench.PLAIN: expected = bench.plain_recipe(*name)
+        else: expected = replace(bench.reward_recipe(*name), start=stored["start"])
+        assert r["recipe"] == asdict(expected), name
+        every = bench.EVERY * expected.steps // bench.reward_recipe("plain", 0).steps
+        if r["kind"] not in bench.PLAIN: every = bench.EVERY
+        steps = [*range(every, expected.steps, every), expected.steps]
+        assert [row["step"] for row in rows] == steps, name
+    assert {("practice", seed) for seed in range(3)} <= {(r["kind"], r["seed"])
+                                                        for r in stored["runs"]}
+
+
+def test_stored_steps_asked_what_their_recipe_asks(stored):
+    for r in stored["runs"]:
+        if r["kind"] in bench.PLAIN: continue
+        recipe, log = RewardRecipe(**r["recipe"]), [e for row in r["history"]
+                                                    for e in row["marks"]["log"]]
+        assert len(log) == recipe.steps
+        for step in range(0, recipe.steps, 7):
+            asked = practice_prompts(recipe, step)
+            objects = np.mean([len(example.objects) for _, example in asked])
+            assert log[step]["objects"] == pytest.approx(objects, abs=1e-4)
+
+
+def test_stored_marks_are_those_of_the_start(stored, shipped):
+    if fingerprint(shipped[0]) != stored["start"]:
+        pytest.skip("the shipped weights are newer than the stored runs")
+    _, answers = exam(*shipped, bench.SEVERAL, 10, HELD_OUT)
+    told = [(a["seed"], a["prompt"], a["text"]) for a in stored["before"]["answers"][:10]]
+    same = [(a.seed, a.example.prompt, a.text) in told for a in answers]
+    assert [(a.seed, a.example.prompt) for a in answers] == [x[:2] for x in told]
+    assert sum(same) >= 5  # a processor's rounding may move a box by a bin
+
+
+def test_stored_times_are_equal(stored): # those that the lesson compares
+    seconds = {(r["kind"], r["seed"]): bench.seconds(r) for r in stored["runs"]}
+    practice = np.mean([s for (kind, _), s in seconds.items() if kind == "practice"])
+    for (kind, _), s in seconds.items():
+        if kind in bench.PLAIN: assert 0.75 < s / practice < 1.33
