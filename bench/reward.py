@@ -8,8 +8,8 @@ All start at the shipped weights and see the same prompts, `detect` of two thing
 same scenes. `practice` samples answers and gets a reward for each; `plain` is given the true
 ones, in as many passes over the scenes as fit into the same time of a core. `free` practises
 without the pull towards the start, `hits` for a reward that asks to be hacked. `fresh` is
-`plain` with new scenes in each step, as true answers cost nothing here; `gentle` is `plain`
-with a third of its rates.
+`plain` with new scenes in each step, as true answers cost nothing here; `hasty` is `plain`
+with about three times its rates.
 
 A run has one thread and can be stopped at any moment; called again, it goes on. It notes which
 share of a core it got, since several may share a machine.
@@ -28,10 +28,10 @@ OUTPUT = str(ROOT / "nbs/data/37_reward.json")
 SEVERAL = dict(several=1)  # what is practised
 EVERY = 20                 # steps of practice between two exams
 KINDS = dict(practice={}, hits=dict(reward="hits", steps=30), free=dict(kl=0.0),  # by rewards
-             plain={}, fresh={}, gentle=dict(muon_lr=3e-4, adamw_lr=1.5e-4))      # by answers
-PLAIN = "plain", "fresh", "gentle"
+             plain={}, fresh={}, hasty=dict(muon_lr=1e-3, adamw_lr=5e-4))         # by answers
+PLAIN = "plain", "fresh", "hasty"
 ALL = (("practice", 0), ("plain", 0), ("hits", 0), ("practice", 1), ("plain", 1), ("free", 0),
-       ("practice", 2), ("plain", 2), ("gentle", 0), ("fresh", 0))
+       ("practice", 2), ("plain", 2), ("hasty", 0), ("fresh", 0))
 
 
 def reward_recipe(kind, seed):
@@ -43,7 +43,7 @@ def reward_recipe(kind, seed):
 def plain_recipe(kind, seed): # its steps take as long as those of practice do
     from paligemma_nb.training import Recipe
     recipe = Recipe(steps=300, single_object_steps=0, scenes_per_step=32, prompts_per_scene=1,
-                    muon_lr=1e-3, adamw_lr=5e-4, warmup_steps=20, decay_steps=280,
+                    muon_lr=3e-4, adamw_lr=1.5e-4, warmup_steps=20, decay_steps=280,
                     length_power=0.5, seed=seed, kind_weights=SEVERAL)
     return replace(recipe, **KINDS[kind])
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REWARDS', 'named_iou', 'is_right', 'match_reward', 'hits_reward', 'RewardRecipe', 'practice_prompts', 'PromptCache',
-           'answer_logprobs', 'clipped_loss', 'kl_estimate', 'sample_answers', 'practice_step', 'fingerprint', 'exam',
-           'practise']
+           'answer_logprobs', 'clipped_loss', 'kl_estimate', 'sample_answers', 'practice_step', 'reward_optimizer',
+           'fingerprint', 'exam', 'practise']
 
 # %% ../nbs/37_reward.ipynb #re0005
 # Papers: REINFORCE, doi 10.1007/BF00992696; PPO, arXiv 1707.06347; GRPO, arXiv 2402.03300;
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from .detection import Detection, box_iou
 from .generation import generate, is_eos
@@ -29,7 +29,7 @@ from .scenes import HELD_OUT, Scene, make_scene
 from .segmentation import find_objects
 from .tasks import Example, Marked, grade, sample_examples
 from .training import (
-    VALIDATION, apply_gradient, make_optimizers, run_steps, training_precision)
+    VALIDATION, apply_gradient, run_steps, training_precision)
 
 # %% ../nbs/37_reward.ipynb #re0101
 def named_iou(example: Example, found: list[Detection]) -> np.ndarray: # [found, true], 0 … 1
@@ -71,9 +71,8 @@ class RewardRecipe:
     scenes_per_step: int = 16      # with one prompt about each
     samples: int = 8               # answers to each prompt: a group
     updates: int = 2               # of each step, each on its share of the prompts
-    muon_lr: float = 5e-4          # as in lesson 31, and so are the next three
-    adamw_lr: float = 2.5e-4
-    warmup_steps: int = 5
+    learning_rate: float = 1e-4    # the highest one, of AdamW
+    warmup_steps: int = 5          # the rate rises, then falls along a line
     max_grad_norm: float = 1.0
     clip: float = 0.2              # a token gains nothing beyond probabilities 1 ± clip times
     kl: float = 0.05               # weight of the pull towards the start
@@ -88,7 +87,8 @@ class RewardRecipe:
         if self.reward not in REWARDS:
             raise ValueError(f"expected a reward of {', '.join(REWARDS)}, got {self.reward!r}")
         if self.samples < 2: raise ValueError("one answer has nothing to be compared with")
-        for name in ("steps", "scenes_per_step", "updates", "warmup_steps", "clip"):
+        for name in ("steps", "scenes_per_step", "updates", "learning_rate", "warmup_steps",
+                     "max_grad_norm", "clip", "max_new_tokens"):
             if not (value := getattr(self, name)) > 0:
                 raise ValueError(f"{name}: expected more than 0, got {value}")
         if not self.kl >= 0: raise ValueError(f"kl: expected 0 or more, got {self.kl}")
@@ -96,11 +96,11 @@ class RewardRecipe:
             raise ValueError(f"{self.scenes_per_step} prompts do not make {self.updates} "
                              "updates of equal size")
 
-    def rates(self, step: int) -> dict[str, float]: # of each optimizer
-        "Up for a few steps, then down along a line. Raises ValueError for no step of the run."
+    def rates(self, step: int) -> dict[str, float]: # of the optimizer
+        "Raises ValueError for a step that is not in the run."
         if not 0 <= step < self.steps: raise ValueError(f"no step {step} among {self.steps}")
         rate = min((step + 1) / self.warmup_steps, 1.0) * (1 - step / self.steps)
-        return dict(muon=self.muon_lr * rate, adamw=self.adamw_lr * rate)
+        return dict(adamw=self.learning_rate * rate)
 
 # %% ../nbs/37_reward.ipynb #re0105
 def practice_prompts(recipe: RewardRecipe, step: int, size: int = 112,
@@ -231,6 +231,11 @@ def practice_step(
                 boxes=float(np.mean([len(boxes) for boxes in found])),
                 objects=float(np.mean([len(example.objects) for _, example in asked])))
 
+# %% ../nbs/37_reward.ipynb #re0111b
+def reward_optimizer(model: nn.Module) -> dict[str, Optimizer]: # as run_steps takes it
+    "AdamW for all weights."
+    return dict(adamw=AdamW(model.parameters(), weight_decay=0.0, betas=(0.9, 0.98)))
+
 # %% ../nbs/37_reward.ipynb #re0112
 def fingerprint(model: nn.Module) -> str: # 16 letters
     "Equal for equal weights: a run of practice belongs to those that it started from."
@@ -279,7 +284,7 @@ def practise(
         return dict(log=told, right=exam(model, processor, recipe.kind_weights, num_scenes)[0])
 
     return run_steps(
-        folder, model, make_optimizers(model, recipe), recipe,
+        folder, model, reward_optimizer(model), recipe,
         lambda first: (practice_prompts(recipe, step, processor.image_size)
                        for step in count(first)),
         measure, evaluate_every, evaluate_every, learn=learn)

@@ -225,10 +225,10 @@ def test_recipes_that_could_not_do_what_they_say(settings, said):
 
 def test_rates_rise_and_fall():
     recipe = RewardRecipe()
-    rates = [recipe.rates(step)["muon"] for step in range(recipe.steps)]
+    rates = [recipe.rates(step)["adamw"] for step in range(recipe.steps)]
     top = rates.index(max(rates))
     assert rates == sorted(rates[:top]) + sorted(rates[top:], reverse=True)
-    assert 0 < rates[-1] < 0.05 * recipe.muon_lr and top == recipe.warmup_steps - 1
+    assert 0 < rates[-1] < 0.05 * recipe.learning_rate and top == recipe.warmup_steps - 1
     for step in (-1, recipe.steps):
         with pytest.raises(ValueError, match="no step"): recipe.rates(step)
 
@@ -289,14 +289,14 @@ def test_one_command_repeats_all_runs_that_are_missing(tmp_path, monkeypatch, ca
     marks = {kind: dict(right=0.5) for kind in ("caption", "where", "count")}
     monkeypatch.setattr(bench, "told", lambda *_: dict(right=0.5, answers=[], marks=marks))
     monkeypatch.setattr(module, "exam", lambda *_: (0.5, []))
-    monkeypatch.setattr(bench, "ALL", (("practice", 1), ("plain", 0), ("gentle", 0)))
+    monkeypatch.setattr(bench, "ALL", (("practice", 1), ("plain", 0), ("hasty", 0)))
     output = tmp_path / "out.json"
     bench.all_runs(tmp_path, output)
     stored = json.loads(output.read_text())
     assert [(r["kind"], r["seed"]) for r in stored["runs"]] == [*bench.ALL]
     assert [r["history"][-1]["step"] for r in stored["runs"]] == [4, 6, 6]
     assert all(r["start"] == stored["start"] for r in stored["runs"])
-    assert stored["runs"][2]["recipe"]["muon_lr"] < stored["runs"][1]["recipe"]["muon_lr"]
+    assert stored["runs"][2]["recipe"]["muon_lr"] > stored["runs"][1]["recipe"]["muon_lr"]
     assert "| practice | 1 |" in capsys.readouterr().out
 
     path = tmp_path / "plain-0.json"

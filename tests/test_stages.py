@@ -1,0 +1,173 @@
+"Runs that differ in one thing: that they do, that they can be stopped, what is made of them."
+import json
+import sys
+from collections import Counter
+from copy import deepcopy
+from dataclasses import fields, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from paligemma_nb import load_model
+from paligemma_nb.generation import generate
+from paligemma_nb.training import Recipe, make_optimizers, train_step
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+import stages  # noqa: E402
+from stages import RUNS, StageRecipe, batches, new_model, optimizers_of, recipe_of  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def processor(): return load_model(device="cpu", dtype="float32")[1]
+
+
+@pytest.fixture(scope="module")
+def base(processor): return new_model(processor, StageRecipe())
+
+
+def differ(one, other): # names of weights that are not in both with the same numbers
+    one, other = one.state_dict(), other.state_dict()
+    return {n for n in one.keys() | other.keys() if n not in one or n not in other
+            or one[n].shape != other[n].shape or not torch.equal(one[n], other[n])}
+
+
+def ends(names): return Counter(name.split(".")[-2] for name in names)
+
+
+def test_each_run_starts_as_the_base_but_for_what_it_says(processor, base):
+    def start(name): return ends(differ(new_model(processor, recipe_of(name, 0)), base))
+    for name in ("base", "causal", "frozen", "contrast", "length 1", "adamw 0.0002"):
+        assert not start(name)
+    assert start("random places").keys() == {"embed_tokens", "position_embedding"}
+    assert start("random outputs") == {n: 4 for n in ("out_proj", "fc2", "o_proj", "down_proj")}
+    assert start("4 KV heads").keys() >= {"k_proj", "v_proj"}
+    assert start("MLP").keys() >= {"0", "2", "linear"}
+    other = new_model(processor, recipe_of("base", 1))
+    assert {"q_proj", "fc1", "linear"} <= ends(differ(other, base)).keys()
+
+
+def test_random_places_are_as_long_as_waves(processor, base):
+    places = new_model(processor, recipe_of("random places", 0))
+    first = processor.tokenizer.token_to_id("<loc0000>")
+    ours, waves = (m.language_model.model.embed_tokens.weight for m in (places, base))
+    assert torch.allclose(ours[first:first + 1024].norm(dim=1), torch.ones(1024), atol=1e-5)
+    near = [(x[first:first + 1023] * x[first + 1:first + 1024]).sum(1).mean()
+            for x in (ours, waves)]
+    assert near[1] > 0.9 > 0.1 > abs(near[0]) and torch.equal(ours[:first], waves[:first])
+
+
+def after(name, processor, steps=2, **settings): # the model before and after some steps
+    settings = dict(scenes_per_step=2, steps=6, single_object_steps=0, warmup_steps=1,
+                    decay_steps=2, autocast=False) | settings
+    recipe = replace(recipe_of(name, 0), **settings)
+    model = new_model(processor, recipe)
+    before, optimizers = deepcopy(model), optimizers_of(model, recipe)
+    for step, batch in enumerate(islice(batches(processor, recipe, 0), steps)):
+        train_step(model, optimizers, batch, recipe, step)
+    return before, model
+
+
+def test_what_learns(processor):
+    before, model = after("frozen", processor)
+    learned = differ(before, model)
+    assert learned and not any(name.startswith("vision_tower") for name in learned)
+    before, model = after("base", processor)
+    assert any(name.startswith("vision_tower") for name in differ(before, model))
+    # optimizers in two parts do the same as in one
+    recipe = replace(StageRecipe(), scenes_per_step=2, steps=6, single_object_steps=0,
+                     warmup_steps=1, decay_steps=2, autocast=False)
+    plain, whole = Recipe(**{f.name: getattr(recipe, f.name) for f in fields(Recipe)}), before
+    optimizers = make_optimizers(whole, plain)
+    for step, batch in enumerate(islice(batches(processor, recipe, 0), 2)):
+        train_step(whole, optimizers, batch, plain, step)
+    assert not differ(whole, model)
+
+
+def test_a_tower_that_warms_up_moves_less(processor):
+    def moved(name):
+        before, model = after(name, processor, 1, contrast=0)
+        return sum((p - q).norm().item() for p, q in zip(model.vision_tower.parameters(),
+                                                         before.vision_tower.parameters()))
+    assert 0 < moved("tower warm-up") < 0.1 * moved("base")
+    rates = recipe_of("tower warm-up", 0).rates(99)
+    assert rates["tower muon"] == pytest.approx(rates["muon"] / 4)
+
+
+def test_a_causal_prompt_is_read_from_left_to_right(processor, base):
+    model = new_model(processor, recipe_of("causal", 0))
+    for p in model.parameters(): p.data += 0.05 * torch.randn_like(p)
+    picture = np.full((112, 112, 3), 90, np.uint8)
+    one, two = (processor([picture], [f"detect red {x}"]) for x in ("star", "ring"))
+    with torch.no_grad():
+        same = (one["input_ids"] == two["input_ids"])[0].int().cumprod(0).bool()
+        ours = [model(**x).logits[0, same] for x in (one, two)]
+        base.load_state_dict(model.state_dict())
+        theirs = [base(**x).logits[0, same] for x in (one, two)]
+    assert torch.equal(*ours) and not torch.allclose(*theirs)
+    ids = generate(model, one, max_new_tokens=4)  # with a cache, as without
+    for i in range(4):
+        grown = dict(one, input_ids=torch.cat((one["input_ids"], ids[:, :i]), 1),
+                     attention_mask=torch.ones(1, one["input_ids"].shape[1] + i).int())
+        with torch.no_grad(): logits = model(**grown, logits_to_keep=1).logits[0, -1]
+        logits[processor.image_token_id] = -torch.inf
+        assert logits.argmax() == ids[0, i]
+
+
+def test_losses_reach_as_far_as_they_say(processor):
+    answers, prompts = (next(batches(processor, replace(recipe_of(name, 0), scenes_per_step=2),
+                                     0)) for name in ("causal", "loss on prompt"))
+    assert torch.equal(answers["input_ids"], prompts["input_ids"])
+    for row, ids in zip(prompts["labels"], prompts["input_ids"]):
+        kept = [i for i in ids.tolist() if i not in (processor.image_token_id,
+                                                     processor.pad_token_id)]
+        assert row[row != -100].tolist() == kept
+    assert (answers["labels"] != -100).sum() < (prompts["labels"] != -100).sum()
+
+
+def test_towers_and_decoders_are_taught_before(processor):
+    recipe = replace(recipe_of("both", 0), contrast=10, texts=25)
+    model = new_model(processor, recipe)
+    start = deepcopy(model)
+    losses = stages.teach_tower(model, processor, recipe)
+    assert len(losses) == 10 and losses[-1] < losses[0]
+    learned = differ(start, model)
+    assert learned and all(name.startswith("vision_tower") for name in learned)
+    start = deepcopy(model)
+    losses = stages.teach_decoder(model, processor, recipe)
+    assert len(losses) == 25 and losses[-1] < losses[0] - 1
+    learned = differ(start, model)
+    assert learned and all(name.startswith("language_model") for name in learned)
+    batch = stages.text_batch(processor, recipe, 0)
+    text = processor.decode(batch["input_ids"][:1])[0]
+    assert "\n" in text and processor.image_token_id not in batch["input_ids"]
+
+
+def test_all_runs_are_made_once_and_gathered(tmp_path, monkeypatch, processor, capsys):
+    monkeypatch.setattr(stages, "RUNS", {"base": {}, "adamw 0.0002": RUNS["adamw 0.0002"]})
+    monkeypatch.setattr(stages, "SEEDS", (0,))
+    monkeypatch.setattr("paligemma_nb.training.tiny_processor", lambda: processor)
+    monkeypatch.setattr(stages, "recipe_of", lambda name, seed: StageRecipe(
+        seed=seed, steps=4, single_object_steps=1, scenes_per_step=2, warmup_steps=1,
+        decay_steps=2, **stages.RUNS[name]))
+    stages.all_runs(tmp_path, tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [r["name"] for r in found["runs"]] == [*stages.RUNS]
+    assert [row["step"] for row in found["runs"][0]["history"]] == [1, 2, 3, 4]
+    assert {*found["runs"][0]["end"]["detect_by_objects"]} <= {"1", "2", "3", "4"}
+    assert found["no_best_rate_yet"] == ["adamw"] and "its best rate" in capsys.readouterr().out
+    monkeypatch.setattr(stages, "run", None)
+    stages.all_runs(tmp_path, tmp_path / "out.json")  # makes none again
+
+
+def test_a_best_rate_has_neighbours():
+    def run(name, mark):
+        return dict(name=name, end={k: {m: mark} for k, m in stages.SHOWN.items()})
+    runs = [run(f"adamw {rate:g}", mark) for rate, mark in zip(stages.RATES, (1, 2, 3, 2, 1))]
+    assert stages.at_the_edge(runs) == []
+    runs += [run("muon 0.0006", 1), run("base", 2), run("muon 0.006", 3)]
+    assert stages.at_the_edge(runs) == []
+    assert stages.at_the_edge([*runs, run("muon 0.02", 4)]) == ["muon"]
