@@ -75,13 +75,29 @@ def train_plainly(folder, model, processor, recipe, practice, fresh):
                      every, every)
 
 
+def sampled(model, processor, num_scenes=240): # -> reward and right ones, of four answers each
+    from paligemma_nb.reward import RewardRecipe, sample_answers
+    from paligemma_nb.scenes import HELD_OUT, make_scene
+    from paligemma_nb.tasks import sample_examples
+    rewards = []
+    for first in range(0, num_scenes, 24):
+        scenes = [make_scene(HELD_OUT + i) for i in range(first, first + 24)]
+        asked = [(s, *sample_examples(s, 1, np.random.default_rng(s.seed), SEVERAL))
+                 for s in scenes]
+        *_, found = sample_answers(model, processor, asked, RewardRecipe(samples=4), first)
+        rewards.append(found)
+    rewards = torch.cat(rewards)  # a right answer has more than 0.5
+    return dict(reward=rewards.mean().item(), right=(rewards > 0.5).float().mean().item())
+
+
 def told(model, processor): # what a model can do: on 1,000 prompts for two things, and at all
     from paligemma_nb.reward import exam
     from paligemma_nb.scenes import HELD_OUT
     from paligemma_nb.tasks import evaluate
     right, answers = exam(model, processor, SEVERAL, 1_000, HELD_OUT)
     shown = [dict(seed=a.seed, prompt=a.example.prompt, text=a.text) for a in answers[:40]]
-    return dict(right=right, answers=shown, marks=evaluate(model, processor, 150)[0])
+    return dict(right=right, answers=shown, sampled=sampled(model, processor),
+                marks=evaluate(model, processor, 150)[0])
 
 
 def run(kind: str = "practice", seed: int = 0, folder: str = "runs/reward"):
@@ -120,6 +136,15 @@ def table(runs):
     return "\n".join(lines)
 
 
+def before(folder, model, processor, start): # what these weights can do, measured once
+    from paligemma_nb.reward import exam
+    path = Path(folder) / f"before-{start}.json"
+    if not path.exists():
+        right = exam(model, processor, SEVERAL)[0]  # the exam of all histories
+        path.write_text(json.dumps(told(model, processor) | dict(exam=right)))
+    return json.loads(path.read_text())
+
+
 def gather(folder: str = "runs/reward", output: str = OUTPUT):
     from machine import brief, machine_line
     from paligemma_nb import load_model
@@ -133,7 +158,7 @@ def gather(folder: str = "runs/reward", output: str = OUTPUT):
         raise SystemExit(f"{folder} holds a run from weights {other[0]}, these are {start}")
     head = dict(machine=machine_line(), date=time.strftime("%Y-%m-%d"), start=start,
                 times="several runs shared a busy machine: core seconds are about right",
-                before=told(model, processor))
+                before=before(folder, model, processor, start))
     lines = [f"  {json.dumps(key)}: {json.dumps(brief(value))}" for key, value in head.items()]
     rows = ",\n    ".join(json.dumps(brief(r)) for r in runs)
     lines.append(f'  "runs": [\n    {rows}\n  ]')

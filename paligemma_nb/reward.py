@@ -202,7 +202,7 @@ def practice_step(
 ) -> dict[str, float]: # means
     """Answers, marks the answers, makes better ones likelier (GRPO, arXiv 2402.03300). Returns
     their reward, its spread within a group, the distance to the start (kl), the share of
-    tokens past the clip, lengths in tokens, boxes, and the objects that they were asked for."""
+    tokens past the clip, lengths in tokens, boxes, and the objects that were asked for."""
     seed = int(np.random.default_rng([recipe.seed, step, 1]).integers(2**31))
     inputs, ids, found, rewards = sample_answers(model, processor, asked, recipe, seed)
     advantages = (rewards - rewards.mean(dim=1, keepdim=True)).flatten()  # [g * n]
