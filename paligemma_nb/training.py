@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'VALIDATION', 'tiny_processor', 'tiny_config', 'Recipe', 'make_batch', 'batch_loss', 'waves', 'grid_waves',
-           'initialize', 'learning_weights', 'make_optimizers', 'training_precision', 'update', 'train_step',
-           'save_state', 'load_state', 'run_steps', 'train', 'save_trained', 'train_tiny', 'measure']
+           'initialize', 'learning_weights', 'make_optimizers', 'training_precision', 'update', 'apply_gradient',
+           'train_step', 'save_state', 'load_state', 'run_steps', 'train', 'save_trained', 'train_tiny', 'measure']
 
 # %% ../nbs/31_training.ipynb #b4401bc0
 # Papers: PaliGemma, arXiv 2407.07726; Muon, arXiv 2502.16982.
@@ -222,13 +222,25 @@ def training_precision(device: str, autocast: bool = True): # device: 'cpu' or '
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 
-# %% ../nbs/31_training.ipynb #ec598fa4
+# %% ../nbs/31_training.ipynb #ec598fa3
 def update(optimizers: dict[str, Optimizer], rates: dict[str, float]):
     "A step of each optimizer with the learning rate of its name."
     for name, rate in rates.items():
         for group in optimizers[name].param_groups: group["lr"] = rate
         optimizers[name].step()
 
+
+def apply_gradient(model: nn.Module, optimizers: dict[str, Optimizer],
+                   recipe: Recipe, # or what else has its rates and max_grad_norm
+                   step: int, loss: float): # for the error
+    "Clips it and steps. Raises ValueError, and changes no weight, if it is not finite."
+    length = nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+    if not length.isfinite():  # if the loss is not finite, the gradient is not either
+        raise ValueError(f"step {step}: loss {loss:.4g}, norm of its gradient {length:.4g}; "
+                         "the weights are left as they were before it: try lower rates")
+    update(optimizers, recipe.rates(step))
+
+# %% ../nbs/31_training.ipynb #ec598fa4
 def train_step(
     model: nn.Module,
     optimizers: dict[str, Optimizer],
@@ -247,11 +259,7 @@ def train_step(
             loss = batch_loss(model, part, recipe.length_power) * (n / max(1, sum(tokens)))
         with training_precision(device.type, False): loss.backward()  # layers may run again
         total += loss.item()
-    length = nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-    if not length.isfinite():  # if the loss is not finite, the gradient is not either
-        raise ValueError(f"step {step}: loss {total:.4g}, norm of its gradient {length:.4g}; "
-                         "the weights are left as they were before it: try lower rates")
-    update(optimizers, recipe.rates(step))
+    apply_gradient(model, optimizers, recipe, step, total)
     return total
 
 # %% ../nbs/31_training.ipynb #1ea1c8e4
@@ -304,6 +312,7 @@ def run_steps(
     save_every: int,        # steps
     evaluate_every: int,    # steps; saves as well
     is_done: Callable = lambda history: False, # stop early? Asked at each save
+    learn: Callable = train_step, # takes what train_step takes, returns the loss
 ) -> list[dict]: # history: at each save mean loss and seconds, at each evaluation also marks
     "Raises ValueError if the folder holds a run of another recipe or model."
     if min(save_every, evaluate_every) < 1:
@@ -315,7 +324,7 @@ def run_steps(
     losses, started = [], time.perf_counter()
     bar = tqdm(range(first, last), initial=first, total=last, desc="train")
     for step, batch in zip(bar, batches(first)):
-        losses.append(train_step(model, optimizers, batch, recipe, step))
+        losses.append(learn(model, optimizers, batch, recipe, step))
         if (done := step + 1) % save_every and done % evaluate_every and done < last: continue
         seconds = time.perf_counter() - started
         row = dict(step=done, loss=float(np.mean(losses)), seconds=seconds)

@@ -236,6 +236,7 @@ def test_rates_rise_and_fall():
 # --- runs
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path, fresh, shipped, monkeypatch):
+    monkeypatch.setitem(module.REWARDS, "match", lambda example, text, found: len(text) % 5)
     def run(name, model): return practise(tmp_path / name, model, shipped[1], SMALL, 2, 3)
     whole, halves, first = deepcopy(fresh), deepcopy(fresh), fingerprint(fresh)
     history = run("whole", whole)
@@ -248,9 +249,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path, fresh, shipped, monkey
     def stopped(*args):
         if args[-1] == 3: raise KeyboardInterrupt
         return step(*args)
-    monkeypatch.setattr(module, "practice_step", stopped)
-    with pytest.raises(KeyboardInterrupt): run("halves", halves)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "practice_step", stopped)
+        run("halves", halves)
     again = run("halves", deepcopy(fresh))
     for row in history + again: row.pop("seconds")
     assert again == history and fingerprint(fresh) == first != fingerprint(whole)
