@@ -1,0 +1,82 @@
+"""Build the page "Draw a scene, ask the model": python .ci/scene.py [FOLDER]
+
+Adds nbs/scene/built to the page's sources: the shipped model as ONNX, WebAssembly and two
+libraries from npm, the numbers of the scenes. With FOLDER, the whole page goes there instead.
+Any web server can serve it: python -m http.server --directory nbs, then /scene/ in a browser."""
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from paligemma_nb import load_model, scenes
+from paligemma_nb.export import write_onnx
+
+SOURCE = Path(__file__).resolve().parents[1]/"nbs"/"scene"
+NOT_SERVED = {"package.json", "package-lock.json"}
+FROM_NPM = ["onnxruntime-web/dist/ort.wasm.bundle.min.mjs",
+            "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm",
+            "@huggingface/tokenizers/dist/tokenizers.min.mjs"]
+GRAPHS = "embed_tokens", "vision_encoder", "decoder_model_merged", "mask_decoder"
+
+
+def copy_libraries(built: Path, tmp: Path) -> None:
+    "What the page takes from npm, in the versions of the lock file"
+    npm = shutil.which("npm")
+    if not npm: sys.exit("npm is missing: install Node.js, 18 or newer")
+    for name in NOT_SERVED: shutil.copy(SOURCE/name, tmp)
+    command = [npm, "ci", "--ignore-scripts", "--prefer-offline", "--no-audit", "--no-fund"]
+    done = subprocess.run(command, cwd=tmp, capture_output=True, text=True)
+    if done.returncode: sys.exit(f"npm could not install its packages:\n{done.stderr}")
+    for file in FROM_NPM: shutil.copy(tmp/"node_modules"/file, built)
+
+
+def write_model(built: Path, tmp: Path) -> int: # its number of parameters
+    "The shipped model, its large tensors in float16"
+    model, processor = load_model()
+    write_onnx(model, processor, tmp, weights=["float16"], attention=True)
+    for graph in GRAPHS: shutil.copy(tmp/"onnx"/f"{graph}_fp16.onnx", built/f"{graph}.onnx")
+    for name in ("config.json", "tokenizer.json"): shutil.copy(tmp/name, built)
+    return sum(p.numel() for p in model.parameters())
+
+
+def write_world(built: Path, parameters: int) -> None:
+    "The numbers that scenes are drawn with, and the sides of a picture"
+    polygons = {name: corners.tolist() for name, corners in scenes.POLYGONS.items()}
+    vision = json.loads((built/"config.json").read_text())["vision_config"]
+    world = dict(SHAPES=scenes.SHAPES, COLORS=scenes.COLORS, POLYGONS=polygons,
+                 GAUSSIAN=scenes._GAUSSIAN.tolist(), SIZE=vision["image_size"],
+                 PATCHES=vision["image_size"] // vision["patch_size"],
+                 PARAMETERS=parameters)
+    lines = [f"export const {name} = {json.dumps(value)}" for name, value in world.items()]
+    (built/"world.js").write_text("\n".join([*lines, ""]))
+
+
+def write_list(page: Path) -> None:
+    "Every file with its size, and a version that changes with any of them"
+    files = {p.relative_to(page).as_posix(): p.read_bytes() for p in sorted(page.rglob("*"))
+             if p.is_file() and p.name not in NOT_SERVED and p.suffix != ".md"}
+    files.pop("built/files.js", None)
+    version = hashlib.sha256(b"".join(map(bytes.__add__, map(str.encode, files),
+                                          files.values()))).hexdigest()[:12]
+    build = dict(version=f"paligemma-scene-{version}",
+                 files={name: len(data) for name, data in files.items()})
+    (page/"built"/"files.js").write_text(f"self.BUILD = {json.dumps(build)}\n")
+
+
+def main(page: Path = SOURCE) -> None:
+    if page != SOURCE: shutil.copytree(SOURCE, page, ignore=lambda *_: {"built", *NOT_SERVED})
+    built = page/"built"
+    shutil.rmtree(built, ignore_errors=True)
+    built.mkdir()
+    with tempfile.TemporaryDirectory() as tmp: copy_libraries(built, Path(tmp))
+    with tempfile.TemporaryDirectory() as tmp: parameters = write_model(built, Path(tmp))
+    write_world(built, parameters)
+    write_list(page)
+    size = sum(p.stat().st_size for p in page.rglob("*") if p.is_file())
+    print(f"{page}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__": main(*map(Path, sys.argv[1:]))
