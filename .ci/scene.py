@@ -2,7 +2,7 @@
 
 Adds nbs/scene/built to the page's sources: the shipped model as ONNX, WebAssembly and two
 libraries from npm, the numbers of the scenes. With FOLDER, the whole page goes there instead.
-Any web server can serve it: python -m http.server --directory nbs, then /scene/ in a browser."""
+Any web server can serve it: python -m http.server --directory nbs, then open /scene/."""
 import hashlib
 import json
 import shutil
@@ -13,9 +13,11 @@ from pathlib import Path
 
 from paligemma_nb import load_model, scenes
 from paligemma_nb.export import write_onnx
+from paligemma_nb.segmentation import load_mask_vae
 
 SOURCE = Path(__file__).resolve().parents[1]/"nbs"/"scene"
-NOT_SERVED = {"package.json", "package-lock.json"}
+FROM_LOCK = "package.json", "package-lock.json"
+LEFT_OUT = {"built", "README.md", *FROM_LOCK}  # of the folder that is served
 FROM_NPM = ["onnxruntime-web/dist/ort.wasm.bundle.min.mjs",
             "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm",
             "@huggingface/tokenizers/dist/tokenizers.min.mjs"]
@@ -26,7 +28,7 @@ def copy_libraries(built: Path, tmp: Path) -> None:
     "What the page takes from npm, in the versions of the lock file"
     npm = shutil.which("npm")
     if not npm: sys.exit("npm is missing: install Node.js, 18 or newer")
-    for name in NOT_SERVED: shutil.copy(SOURCE/name, tmp)
+    for name in FROM_LOCK: shutil.copy(SOURCE/name, tmp)
     command = [npm, "ci", "--ignore-scripts", "--prefer-offline", "--no-audit", "--no-fund"]
     done = subprocess.run(command, cwd=tmp, capture_output=True, text=True)
     if done.returncode: sys.exit(f"npm could not install its packages:\n{done.stderr}")
@@ -36,7 +38,7 @@ def copy_libraries(built: Path, tmp: Path) -> None:
 def write_model(built: Path, tmp: Path) -> int: # its number of parameters
     "The shipped model, its large tensors in float16"
     model, processor = load_model()
-    write_onnx(model, processor, tmp, weights=["float16"], attention=True)
+    write_onnx(model, processor, tmp, ["float16"], load_mask_vae(), attention=True)
     for graph in GRAPHS: shutil.copy(tmp/"onnx"/f"{graph}_fp16.onnx", built/f"{graph}.onnx")
     for name in ("config.json", "tokenizer.json"): shutil.copy(tmp/name, built)
     return sum(p.numel() for p in model.parameters())
@@ -57,8 +59,7 @@ def write_world(built: Path, parameters: int) -> None:
 def write_list(page: Path) -> None:
     "Every file with its size, and a version that changes with any of them"
     files = {p.relative_to(page).as_posix(): p.read_bytes() for p in sorted(page.rglob("*"))
-             if p.is_file() and p.name not in NOT_SERVED and p.suffix != ".md"}
-    files.pop("built/files.js", None)
+             if p.is_file() and p.name not in LEFT_OUT}
     version = hashlib.sha256(b"".join(map(bytes.__add__, map(str.encode, files),
                                           files.values()))).hexdigest()[:12]
     build = dict(version=f"paligemma-scene-{version}",
@@ -67,13 +68,15 @@ def write_list(page: Path) -> None:
 
 
 def main(page: Path = SOURCE) -> None:
-    if page != SOURCE: shutil.copytree(SOURCE, page, ignore=lambda *_: {"built", *NOT_SERVED})
-    built = page/"built"
-    shutil.rmtree(built, ignore_errors=True)
-    built.mkdir()
-    with tempfile.TemporaryDirectory() as tmp: copy_libraries(built, Path(tmp))
-    with tempfile.TemporaryDirectory() as tmp: parameters = write_model(built, Path(tmp))
-    write_world(built, parameters)
+    with tempfile.TemporaryDirectory() as tmp:
+        built, npm, model = (Path(tmp)/name for name in ("built", "npm", "model"))
+        for folder in built, npm: folder.mkdir()
+        copy_libraries(built, npm)
+        write_world(built, write_model(built, model))
+        if page != SOURCE:
+            shutil.copytree(SOURCE, page, ignore=lambda *_: LEFT_OUT, dirs_exist_ok=True)
+        shutil.rmtree(page/"built", ignore_errors=True)
+        shutil.move(built, page/"built")  # only now: a failure leaves the page as it was
     write_list(page)
     size = sum(p.stat().st_size for p in page.rglob("*") if p.is_file())
     print(f"{page}: {size / 1e6:.1f} MB")

@@ -85,8 +85,8 @@ export class Editor {
     const o = button.object, [w, h] = halfSides(o), percent = v => `${100 * v}%`
     Object.assign(button.style, {left: percent(o.x - w), top: percent(o.y - h),
       width: percent(2 * w), height: percent(2 * h)})
-    button.setAttribute("aria-label", `${nameOf(o)}: arrow keys move it, + and − change its ` +
-      "size, [ and ] turn it, Delete removes it")
+    button.setAttribute("aria-label", `${nameOf(o)}: arrow keys move it, + and − change ` +
+      "its size, [ and ] turn it, Delete removes it")
   }
 
   #button(o) {
@@ -127,7 +127,8 @@ export function untrained(scene) { // why a scene is unlike those of the trainin
     Math.abs(a.y - b.y) < a.sides[1] + b.sides[1]))
   if (touch) return "shapes that do not touch"
   if (objects.some(o => o.radius < 0.1 || o.radius > 0.22)) return "shapes of other sizes"
-  return objects.some(o => Math.abs(o.angle) > Math.PI / 15) ? "shapes that stand straight" : ""
+  const isTurned = objects.some(o => Math.abs(o.angle) > Math.PI / 15)
+  return isTurned ? "shapes that are hardly turned" : ""
 }
 
 // an SVG path of each shape in the circle of radius 1, for the buttons

@@ -11,7 +11,8 @@ export const FILES = {
 }
 
 const floats = (data, shape) => new ort.Tensor("float32", data, shape)
-const int64 = (values, shape) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), shape)
+const int64 = (values, shape) =>
+  new ort.Tensor("int64", BigInt64Array.from(values, BigInt), shape)
 const equal = (a, b) => a?.length === b.length && a.every((x, i) => x === b[i])
 
 function softmax(logits) {
@@ -49,7 +50,8 @@ export class Model {
     const {image_token_index: image, bos_token_id: bos, text_config: text} = this.config
     if (!prompt.trim()) throw new Error("Type a prompt: “caption en”, for example.")
     const words = this.tokenizer.encode(prompt.trim() + "\n", {add_special_tokens: false}).ids
-    if (words.includes(image)) throw new Error("The picture stands in front: leave out <image>.")
+    if (words.includes(image))
+      throw new Error("The picture stands in front already: leave out <image>.")
     const ids = [...Array(this.side ** 2).fill(image), bos, ...words]
     const room = text.max_position_embeddings - 100 // an answer's longest
     if (ids.length > room)
@@ -81,8 +83,8 @@ export class Model {
     return cache
   }
 
-  // Each token of the greedy answer as it comes, and what chose it. With `said`, ids of a known
-  // answer, it is read and not written: how likely was each of its tokens?
+  // Each token of the greedy answer as it comes, and what chose it. With `said`, ids of a
+  // known answer, it is read and not written: how likely was each of its tokens?
   async *answer(pixels, prompt, {said = null, longest = 100} = {}) {
     const ids = this.encode(prompt), features = await this.see(pixels)
     const {image_token_index: image, eos_token_id: eos} = this.config

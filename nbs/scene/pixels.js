@@ -1,5 +1,5 @@
-// Pictures as the processor sees them. A browser's resize is not Pillow's, so here is Pillow's:
-// in bytes for pictures (bicubic), in floats for masks (bilinear).
+// Pictures as the processor sees them. A browser's resize is not Pillow's, so here is
+// Pillow's: in bytes for pictures (bicubic), in floats for masks (bilinear).
 
 const FILTERS = { // how far each reaches, and its weight at a distance
   bilinear: [1, x => Math.max(1 - Math.abs(x), 0)],
@@ -79,7 +79,8 @@ export async function openPicture(file) { // a Blob -> {rgba, size: [width, heig
   return {rgba: context.getImageData(0, 0, ...size).data, size}
 }
 
-export function boxMask(square, [x1, y1, x2, y2], [width, height]) { // float32 [64, 64] -> bytes
+// float32 [64, 64] -> bytes [height, width], 1 inside
+export function boxMask(square, [x1, y1, x2, y2], [width, height]) {
   const mask = new Uint8Array(width * height)
   const [left, top, right, bottom] = [x1, y1, x2, y2].map(Math.round)
   if (left >= right || top >= bottom) return mask

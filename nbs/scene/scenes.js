@@ -33,8 +33,8 @@ function place(random, shapes) { // for each {x, y, radius, angle}; boxes do not
     for (const shape of shapes) {
       const o = {radius: random.uniform(0.10, 0.22), angle: radians(random.uniform(-12, 12))}
       const [w, h] = halfSides({shape, ...o})
-      const places = list(24, () => [random.double(), random.double()])
-        .map(([u, v]) => ({x: 0.01 + w + u * (0.98 - 2 * w), y: 0.01 + h + v * (0.98 - 2 * h)}))
+      const along = half => 0.01 + half + random.double() * (0.98 - 2 * half)
+      const places = list(24, () => ({x: along(w), y: along(h)}))
       const free = places.find(({x, y}) => placed.every(p => Math.abs(x - p.x) >= 0.06 &&
         (Math.abs(x - p.x) > w + p.w + 0.01 || Math.abs(y - p.y) > h + p.h + 0.01)))
       if (!free) break
@@ -98,9 +98,10 @@ function distanceTo(o, size) { // a function of x and y in pixels from the objec
 function paint(canvas, o, size) {
   const [w, h] = halfSides(o).map(v => v * size), x = o.x * size, y = o.y * size
   const distance = distanceTo(o, size), area = size * size
-  const right = Math.min(Math.ceil(x + w) + 1, size), low = Math.min(Math.ceil(y + h) + 1, size)
-  for (let row = Math.max(Math.floor(y - h) - 1, 0); row < low; row++)
-    for (let column = Math.max(Math.floor(x - w) - 1, 0); column < right; column++) {
+  const start = v => Math.max(Math.floor(v) - 1, 0)
+  const end = v => Math.min(Math.ceil(v) + 1, size)
+  for (let row = start(y - h); row < end(y + h); row++)
+    for (let column = start(x - w); column < end(x + w); column++) {
       const alpha = clip(0.5 - distance(column + 0.5 - x, row + 0.5 - y), 0, 1)
       for (let c = 0, i = row * size + column; c < 3; c++, i += area)
         canvas[i] += alpha * (o.rgb[c] - canvas[i])

@@ -4,7 +4,8 @@ const {version, files} = self.BUILD
 
 async function keep() { // what the page itself has not put into the cache yet
   const cache = await caches.open(version)
-  for (const file of Object.keys(files)) if (!await cache.match(file)) await cache.add(file)
+  for (const file of [...Object.keys(files), "built/files.js"])
+    if (!await cache.match(file)) await cache.add(new Request(file, {cache: "no-cache"}))
   await self.skipWaiting()
 }
 
@@ -16,8 +17,9 @@ async function forgetOlder() {
 }
 
 async function answer(request) {
-  const cache = await caches.open(version), isFolder = new URL(request.url).pathname.endsWith("/")
-  const kept = await cache.match(isFolder ? "index.html" : request, {ignoreSearch: true})
+  const cache = await caches.open(version), {pathname} = new URL(request.url)
+  const file = pathname.endsWith("/") ? "index.html" : request
+  const kept = await cache.match(file, {ignoreSearch: true})
   return kept ?? fetch(request)
 }
 

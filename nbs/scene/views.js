@@ -6,9 +6,10 @@ import {boxMask} from "./pixels.js"
 export const SIDE = 448 // of the drawn picture, in pixels of its canvas
 const INKS = ["#d55e00", "#0072b2", "#f0e442", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"]
 
-export const percent = p => p > 0.9995 ? "100 %" : `${(100 * p).toFixed(p < 0.1 ? 1 : 0)} %`
+const percent = p => p > 0.9995 ? "100 %" : `${(100 * p).toFixed(p < 0.1 ? 1 : 0)} %`
 const binOf = token => token.bins && Number(token.name.slice(4, 8))
-export const shownName = name => name === "<eos>" ? "end" : name.trim().replace(/[<>]/g, "") || "␣"
+const shownName = name =>
+  name === "<eos>" ? "end" : name.trim().replace(/[<>]/g, "") || "␣"
 
 function context(canvas, width = SIDE, height = SIDE) { // cleared
   Object.assign(canvas, {width, height})
@@ -33,7 +34,7 @@ const codesIn = text => (text.split("<loc").at(-1).match(/<seg/g) ?? []).length
 
 // --- over the picture
 
-function spotlight(draw, attention, side) { // patches [side * side]: dark where it did not look
+function spotlight(draw, attention, side) { // of patches: dark where it did not look
   const most = Math.max(...attention), cell = SIDE / side
   attention.forEach((weight, i) => {
     draw.fillStyle = `rgb(0 0 0 / ${0.6 * (1 - weight / most)})`
@@ -53,7 +54,8 @@ function outlined(draw, ink, path, width = 4) { // a line that shows on every ba
 function drawMask(draw, square, box, ink, cells) { // cells: how many of 4 x 4 are written
   const mask = boxMask(square, box.map(v => v * SIDE), [SIDE, SIDE])
   const [x1, y1, x2, y2] = box.map(v => v * SIDE), layer = new OffscreenCanvas(SIDE, SIDE)
-  const image = new ImageData(SIDE, SIDE), rgb = ink.match(/\w\w/g).map(hex => parseInt(hex, 16))
+  const image = new ImageData(SIDE, SIDE)
+  const rgb = ink.match(/\w\w/g).map(hex => parseInt(hex, 16))
   mask.forEach((inside, i) => {
     if (!inside) return
     const column = Math.floor(4 * (i % SIDE - x1) / (x2 - x1))
@@ -125,16 +127,16 @@ export function drawZoom(canvas, caption, token, place, size, inks) { // around 
   canvas.hidden = caption.hidden = !token?.bins
   if (!token?.bins) return
   const chosen = binOf(token), count = 65, width = 520, height = 96
-  const first = Math.min(Math.max(chosen - 32, 0), 1024 - count), draw = context(canvas, width, height)
-  const most = Math.max(...token.bins)
+  const first = Math.min(Math.max(chosen - 32, 0), 1024 - count)
+  const draw = context(canvas, width, height), most = Math.max(...token.bins)
   for (let i = 0; i < count; i++) {
     const tall = Math.max(token.bins[first + i] / most * (height - 4), 1)
     draw.fillStyle = first + i === chosen ? inks.strong : inks.weak
     draw.fillRect(i * width / count + 1, height - tall, width / count - 2, tall)
   }
   const side = ["top", "left", "bottom", "right"][place]
-  caption.textContent = `The ${side} edge, bins ${first} to ${first + count - 1} of 0 to 1023: ` +
-    `${chosen} is pixel ${(chosen / 1023 * size).toFixed(1)} of ${size}.`
+  caption.textContent = `The ${side} edge, bins ${first} to ${first + count - 1} of 0 to ` +
+    `1023: ${chosen} is pixel ${(chosen / 1023 * size).toFixed(1)} of ${size}.`
 }
 
 // --- the tokens
@@ -168,4 +170,48 @@ export function showProbs(element, token) {
       percent(prob))
     return row
   }))
+}
+
+// --- attention [layers, heads, patches] of a token
+
+const sum = (maps, area) =>
+  maps.reduce((a, b) => a.map((x, i) => x + b[i]), new Float32Array(area))
+
+export function mapOf(attention, index, area) { // of one layer and head, or the mean of all
+  const maps = Array.from({length: attention.length / area},
+    (_, i) => attention.subarray(i * area, (i + 1) * area))
+  return index === null ? sum(maps, area) : maps[index]
+}
+
+export function meanAttention(tokens) { // over a whole answer
+  return sum(tokens.map(token => token.attention), tokens[0].attention.length)
+}
+
+export function makeMaps(element, {layers, heads}, choose) { // a button for each, and the mean
+  element.style.setProperty("--heads", heads)
+  for (let i = -1; i < layers * heads; i++) {
+    const button = document.createElement("button"), index = i < 0 ? null : i
+    const label = `layer ${Math.floor(i / heads) + 1}, head ${i % heads + 1}`
+    Object.assign(button, {index, onclick: () => choose(index)})
+    button.title = i < 0 ? "the mean of all" : label
+    button.setAttribute("aria-label", button.title)
+    button.append(document.createElement("canvas"))
+    element.append(button)
+  }
+}
+
+export function showMaps(element, attention, chosen, side, ink) {
+  for (const button of element.children) {
+    button.setAttribute("aria-pressed", button.index === chosen)
+    drawMap(button.firstChild, mapOf(attention, button.index, side ** 2), side, ink)
+  }
+}
+
+function drawMap(canvas, map, side, ink) {
+  const draw = context(canvas, side, side), most = Math.max(...map)
+  map.forEach((weight, i) => {
+    draw.fillStyle = ink
+    draw.globalAlpha = weight / most
+    draw.fillRect(i % side, Math.floor(i / side), 1, 1)
+  })
 }

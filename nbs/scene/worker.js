@@ -7,7 +7,8 @@ const total = Object.values(FILES).reduce((sum, file) => sum + files[file], 0)
 let loaded = 0, newest = 0, model
 
 async function read(file, cache) { // bytes from the cache, else from the server, counted
-  const kept = await cache?.match(file), response = kept ?? await fetch(file)
+  const kept = await cache?.match(file) // "no-cache": never the file of an older version
+  const response = kept ?? await fetch(file, {cache: "no-cache"})
   if (!response.ok) throw new Error(`${file} could not be loaded (${response.status}).`)
   const bytes = new Uint8Array(files[file])
   let at = 0
