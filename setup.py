@@ -45,7 +45,7 @@ setup(
     package_data={package: cfg["package_data"].split()},
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split()
-                    for name in ("train", "onnx", "course", "dev")},
+                    for name in ("train", "onnx", "ray", "serve", "course", "dev")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{package} = {package}._modidx:d"],  # for links from `names` in prose
