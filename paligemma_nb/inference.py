@@ -334,7 +334,8 @@ COMMANDS = {  # name -> function, or where it is; None: what runs without a name
     "export": "export:export_model",
     "train-masks": "mask_training:train_mask_vae",
     "evaluate-masks": "mask_training:measure_mask_vae",
-    "practice": "practice:write_course", "mine": "practice:show_mine"}
+    "practice": "practice:write_course", "mine": "practice:show_mine",
+    "label": "labelling:label", "serve": "serving:serve"}
 
 # %% ../nbs/49_inference.ipynb #4a0bf38d
 def main(argv: list[str] | None = None) -> int: # exit code
