@@ -48,7 +48,6 @@ def _pycocotools(): # its COCO, its COCOeval and its mask module
 
 _OTHER_FORMATS = "(from_coco_box and from_yolo_box convert other formats)"
 
-
 def _corner_and_sides(boxes) -> np.ndarray: # [boxes, 4]: x1, y1, width, height, like COCO
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
     sides = boxes[:, 2:] - boxes[:, :2]

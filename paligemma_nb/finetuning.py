@@ -35,9 +35,9 @@ from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
 from .scenes import HELD_OUT
 from .segmentation import find_objects
-from .tasks import markdown
+from .tasks import markdown, measure
 from .training import (Recipe, batch_loss, learning_weights, make_optimizers,
-                                   measure, run_steps, training_precision)
+                                   run_steps, training_precision)
 
 METHODS = "lora", "frozen", "full"
 

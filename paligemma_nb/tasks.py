@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'KIND_WEIGHTS', 'Example', 'object_codes', 'scene_examples', 'sample_examples', 'grade', 'Marked', 'ap50',
-           'evaluate', 'markdown', 'marks_table', 'machine', 'worst', 'model_card']
+           'evaluate', 'markdown', 'marks_table', 'machine', 'worst', 'model_card', 'measure']
 
 # %% ../nbs/30_tasks.ipynb #bc3ed7fe
 # Text formats: PaliGemma, arXiv 2407.07726. Average precision: COCO, arXiv 1405.0312.
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from . import load_model
 from .detection import (
     Detection, average_precision, box_iou, format_detections, mask_iou, parse_boxes)
 from .attention import token_probs
@@ -274,3 +275,16 @@ absent things counts as wrong.
 
 | seed | prompt | truth | answer |
 |---|---|---|---|""", *rows, ""])
+
+# %% ../nbs/30_tasks.ipynb #me000002
+def measure(
+    model_path: str | None = None, # folder or hub name; default: the shipped model
+    num_scenes: int = 1_000,       # how many scenes to ask about
+    first_seed: int = HELD_OUT,    # of the scenes; from this default on, none was trained on
+):
+    "Marks a model on scenes and prints the table."
+    model, processor = load_model(model_path)
+    results, _ = evaluate(model, processor, num_scenes, first_seed)
+    if first_seed < HELD_OUT: print(f"seeds below {HELD_OUT:,} may have been trained on")
+    print(f"{num_scenes:,} scenes from seed {first_seed:,} on; {machine()}\n")
+    print(marks_table(results))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'VALIDATION', 'tiny_processor', 'tiny_config', 'Recipe', 'make_batch', 'batch_loss', 'waves', 'grid_waves',
            'initialize', 'learning_weights', 'make_optimizers', 'training_precision', 'update', 'apply_gradient',
-           'train_step', 'save_state', 'load_state', 'run_steps', 'train', 'save_trained', 'train_tiny', 'measure']
+           'train_step', 'save_state', 'load_state', 'run_steps', 'train', 'save_trained', 'train_tiny']
 
 # %% ../nbs/31_training.ipynb #b4401bc0
 # Papers: PaliGemma, arXiv 2407.07726; Muon, arXiv 2502.16982.
@@ -393,16 +393,3 @@ def train_tiny(
         history += [row | dict(stage=i) for row in rows]
     save_trained(folder / "model", model, processor, STAGES, history)
     print(f"written: {folder / 'model'}")
-
-# %% ../nbs/31_training.ipynb #e3b7566b
-def measure(
-    model_path: str | None = None, # folder or hub name; default: the shipped model
-    num_scenes: int = 1_000,       # how many scenes to ask about
-    first_seed: int = HELD_OUT,    # of the scenes; from this default on, none was trained on
-):
-    "Marks a model on scenes and prints the table."
-    model, processor = load_model(model_path)
-    results, _ = evaluate(model, processor, num_scenes, first_seed)
-    if first_seed < HELD_OUT: print(f"seeds below {HELD_OUT:,} may have been trained on")
-    print(f"{num_scenes:,} scenes from seed {first_seed:,} on; {machine()}\n")
-    print(marks_table(results))

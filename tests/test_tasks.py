@@ -4,12 +4,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from paligemma_nb import load_model
+from paligemma_nb import load_model, tasks
 from paligemma_nb.detection import Detection, parse_boxes
 from paligemma_nb.scenes import HELD_OUT, make_scene
 from paligemma_nb.segmentation import find_objects
 from paligemma_nb.tasks import (
-    KINDS, Example, Marked, ap50, evaluate, grade, marks_table, scene_examples, worst)
+    KINDS, Example, Marked, ap50, evaluate, grade, marks_table, measure,
+    scene_examples, worst)
 
 # --- a scene as text
 
@@ -252,3 +253,14 @@ def test_worst_are_the_lowest():
     found = worst([*answers, *others], num=2)
     for kind in ("detect", "segment"):
         assert [(w["seed"], w["iou"]) for w in found[kind]] == [(1, 0.1), (2, 0.1)]
+
+
+@pytest.mark.parametrize("first_seed, warned", [(HELD_OUT, False), (5, True)])
+def test_evaluate_names_scenes_of_training(shipped, monkeypatch, capsys, first_seed, warned):
+    marks, asked = dict(count=dict(right=0.25, asked=40)), []
+    monkeypatch.setattr(tasks, "load_model", lambda path: shipped)
+    monkeypatch.setattr(tasks, "evaluate", lambda *a: asked.append(a[2:]) or (marks, []))
+    measure(num_scenes=40, first_seed=first_seed)
+    printed = capsys.readouterr().out
+    assert asked == [(40, first_seed)] and f"40 scenes from seed {first_seed:,} on" in printed
+    assert ("may have been trained on" in printed) == warned

@@ -18,7 +18,7 @@ from paligemma_nb.scenes import HELD_OUT, make_scene
 from paligemma_nb.tasks import KIND_WEIGHTS, Example, Marked, evaluate, sample_examples
 from paligemma_nb.training import (
     STAGES, VALIDATION, Recipe, batch_loss, initialize, load_state, make_batch,
-    make_optimizers, measure, save_state, save_trained, tiny_config,
+    make_optimizers, save_state, save_trained, tiny_config,
     tiny_processor, train, train_step, train_tiny, waves)
 
 TINY = Path(paligemma_nb.__file__).parent / "tiny"
@@ -479,17 +479,6 @@ def test_what_is_saved_says_how_it_was_examined(tmp_path, shipped, monkeypatch):
     assert "| count | 40 | 0.250 |" in card and "1 minutes; a lamp." in card
     shown = [line.split()[1] for line in card.splitlines() if line.endswith("| p | 2 | 3 |")]
     assert shown == [str(seed) for seed in range(0, 40, 4)]  # spread over the failures
-
-
-@pytest.mark.parametrize("first_seed, warned", [(HELD_OUT, False), (5, True)])
-def test_evaluate_names_scenes_of_training(shipped, monkeypatch, capsys, first_seed, warned):
-    marks, asked = dict(count=dict(right=0.25, asked=40)), []
-    monkeypatch.setattr(training, "load_model", lambda path: shipped)
-    monkeypatch.setattr(training, "evaluate", lambda *a: asked.append(a[2:]) or (marks, []))
-    measure(num_scenes=40, first_seed=first_seed)
-    printed = capsys.readouterr().out
-    assert asked == [(40, first_seed)] and f"40 scenes from seed {first_seed:,} on" in printed
-    assert ("may have been trained on" in printed) == warned
 
 
 # --- the shipped model
