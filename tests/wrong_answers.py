@@ -764,3 +764,31 @@ WRONG["48_command"] = {
         ("got {text!r}", "got something else"),
     ],
 }
+
+WRONG["49_inference"] = {
+    "check_check_temperature": [
+        ("not 0 <= temperature < float(\"inf\")",
+         "temperature < 0 or temperature != temperature"),
+        ("0 <= temperature", "0 < temperature"),
+        (" < float(\"inf\")", ""),
+    ],
+    "check_batches": [
+        "batches = 2",
+        "batches = 48",
+        "batches = 16",
+    ],
+    "check_calls": [
+        "calls_of_batch = 35",
+        "calls_of_batch = 8",
+        "calls_of_batch = 5",
+    ],
+    "check_two_ways": [
+        ("found.detections", "found.text"),
+        ("said.text, len(found.detections)", "said.text, int(said.text == 'yes')"),
+        ("detect {name}", "detect {name.split()[1]}"),
+    ],
+    "check_mask_of": [
+        (".reshape(width, height).T", ".reshape(height, width)"),
+        ("% 2 == 1", "% 2 == 0"),
+    ],
+}
