@@ -401,6 +401,47 @@ def unused(cache):
     ],
 }
 
+WRONG["14_checkpoint"] = {
+    "check_offset": [
+        "last_offset = 24",
+        "last_offset = 26",
+        "last_offset = 62",
+    ],
+    "check_kept": [
+        "kept = 1001",
+        "kept = 1004",
+        "kept = 1024",
+    ],
+    "check_check": [
+        """\
+def check_names(expected, found):
+    if len(expected) != len(found): raise ValueError('b and c differ')
+""",
+        """\
+def check_names(expected, found):
+    if found - expected: raise ValueError(f'surplus {found - expected}')
+""",
+        """\
+def check_names(expected, found):
+    if expected != found: raise ValueError('names differ')
+""",
+    ],
+    "check_memory_key": [
+        ("    if name == \"language_model.lm_head.weight\": return \"lm_head.weight\"\n",
+         ""),
+        (".replace(\"vision_tower.vision_model.\", \"vision_tower.\", 1)", ""),
+        ("\"model.\" + ", ""),
+    ],
+    "check_seal": [
+        ("{name} {x.dtype} ", "{x.dtype} "),
+        (" {x.dtype} {list(x.shape)}", " {x.dtype}"),
+        (" {x.dtype}", ""),
+        ("published_key(key)", "key"),
+        ("        digest.update(bytes(x.flatten().view(torch.uint8).numpy()))\n",
+         ""),
+    ],
+}
+
 WRONG["16_segmentation"] = {
     "check_bits": [
         "num_bits = 224",
