@@ -442,6 +442,38 @@ def check_names(expected, found):
     ],
 }
 
+WRONG["15_detection"] = {
+    "check_off": [
+        "pixels_off = 3.91",
+        "pixels_off = 0.5",
+        "pixels_off = 1.95",
+    ],
+    "check_overlap": [
+        "overlap = 0.75",
+        "overlap = 0.5",
+        "overlap = 0.8",
+    ],
+    "check_bins_in": [
+        """\
+def bins_in(text):
+    marks = [int(mark) for mark in re.findall(r"<loc(\\d{4})>", text)]
+    return [tuple(marks[i:i + 4]) for i in range(0, len(marks) - 3, 4)]
+""",
+        ("len(box) == 4", "len(box) > 2"),
+        ("if len(box) == 4", ""),
+    ],
+    "check_read_cell": [
+        ("(index + 0.5) / 1024", "index / 1023"),
+        ("(index + 0.5) / 1024", "(index + 1) / 1024"),
+        ("(index + 0.5) / 1024", "(index + 0.5) / 1023"),
+    ],
+    "check_mirror": [
+        ("1023 - x2, y1, 1023 - x1, y2", "1023 - x1, y1, 1023 - x2, y2"),
+        ("1023 - x2, y1, 1023 - x1, y2", "x1, 1023 - y2, x2, 1023 - y1"),
+        ("size = (1023, 1023)", "size = (100, 100)"),
+    ],
+}
+
 WRONG["16_segmentation"] = {
     "check_bits": [
         "num_bits = 224",
