@@ -15,18 +15,23 @@ package = cfg["lib_path"]
 COURSE = "index.ipynb", "nbs/*.ipynb", "nbs/data/*.json", "bench/results/**/*.json"
 
 
+def without_outputs(notebook: str) -> str:
+    content = json.loads(notebook)
+    for cell in content["cells"]:
+        if "outputs" in cell: cell |= {"outputs": [], "execution_count": None}
+    return json.dumps(content, ensure_ascii=False)
+
+
 class BuildWithCourse(build_py):
     def run(self):
         super().run()
         if self.editable_mode: return  # the notebooks lie beside the package
-        for pattern in COURSE:
-            for path in root.glob(pattern):
-                content = json.loads(path.read_text(encoding="utf-8"))
-                for cell in content.get("cells", []) if path.suffix == ".ipynb" else []:
-                    if "outputs" in cell: cell |= {"outputs": [], "execution_count": None}
-                target = Path(self.build_lib, package, "course", path.relative_to(root))
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        for path in (path for pattern in COURSE for path in root.glob(pattern)):
+            text = path.read_text(encoding="utf-8")
+            target = Path(self.build_lib, package, "course", path.relative_to(root))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(without_outputs(text) if path.suffix == ".ipynb" else text,
+                              encoding="utf-8")
 
 
 setup(

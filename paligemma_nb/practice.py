@@ -112,7 +112,7 @@ def explain(
 # %% ../nbs/47_practice.ipynb #pr000034
 def _say(shell, kind, error, trace, tb_offset=None):
     frames = [f for f in traceback.extract_tb(trace) if "interactiveshell" not in f.filename]
-    print(explain(error, frames[0].line if frames else ""))  # the cell's own line comes first
+    print(explain(error, frames[0].line or ""))  # of the cell itself; what it calls follows
     if not isinstance(error, (AssertionError, NameError, NotImplementedError)):
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
 
@@ -150,6 +150,7 @@ repo = my-paligemma
 lib_path = my_paligemma
 user = me
 author = me
+put_version_in_init = False
 """
 _BEGIN = ("# a cell that fails says so in a line, and Run All goes on\n"
           "from paligemma_nb.practice import go_on; go_on()")
@@ -157,11 +158,11 @@ _BEGIN = ("# a cell that fails says so in a line, and Run All goes on\n"
 # %% ../nbs/47_practice.ipynb #pt000011
 def _for_edition(notebook, edition):
     for cell in notebook["cells"]:
-        text = "".join(cell["source"])
-        if is_code := cell["cell_type"] == "code": cell |= dict(outputs=[], execution_count=None)
+        text, is_code = "".join(cell["source"]), cell["cell_type"] == "code"
+        if is_code: cell |= dict(outputs=[], execution_count=None)
         if edition == "practice" and is_code:
             for name in marked(text): text = make_stub(text, name)
-        elif edition == "practice": text = text.replace('class="write">', 'class="write" open>')
+        elif edition == "practice": text = text.replace('"write">', '"write" open>')
         cell["source"] = text.splitlines(keepends=True)
     if edition == "practice":  # behind the title
         notebook["cells"].insert(1, dict(cell_type="code", id="go-on", metadata={}, outputs=[],
@@ -177,8 +178,7 @@ def write_course(
     source, target = course_folder(), Path(folder)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} exists: name a new folder, what is in this one stays")
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.absolute().parent) as new:
+    with tempfile.TemporaryDirectory() as new:
         for path in (source / "index.ipynb", *_lessons(source)):
             _write(_for_edition(_read(path), edition), Path(new, path.relative_to(source)))
         for part in "nbs/data", "bench/results":  # records that lessons read
@@ -191,8 +191,8 @@ def write_course(
 def _check_syntax(text, path):
     try: ast.parse(text)
     except SyntaxError as error:
-        found = f"{error.msg}, line {error.lineno}: {(error.text or '').strip()}"
-        raise ValueError(f"{path}, the cell of {', '.join(marked(text))}: {found}") from None
+        where = f"line {error.lineno} of a cell, {(error.text or '').strip()!r}"
+        raise ValueError(f"{path}: {error.msg}: {where}") from None
 
 # %% ../nbs/47_practice.ipynb #pt000016
 _TO_EXPORT = re.compile(r"#\| *(exports?|exporti|default_exp|hide\n#\| *default_exp)\b")
@@ -204,12 +204,13 @@ def _fill(path, original): # -> a notebook of what is exported; name -> is it yo
     (title, *cells), exported, states = _read(path)["cells"], [], {}
     for cell in cells:
         text = "".join(cell["source"])
-        if names := marked(text): _check_syntax(text, path)
+        is_exported, names = _TO_EXPORT.match(text), marked(text)
+        if is_exported or names: _check_syntax(text, path)
         for name in names:
             states[name] = not is_stub(text, name)
             if not states[name]: text = put_back(text, name, originals[name])
         text = re.sub(r"^( *from) paligemma_nb\b", r"\1 my_paligemma", text, flags=re.M)
-        if _TO_EXPORT.match(text):
+        if is_exported:
             exported.append(cell | dict(source=text.splitlines(keepends=True), outputs=[]))
     if gone := originals.keys() - states:
         raise ValueError(f"{path} has no cell `#| practice {min(gone)}` any more: take it "
@@ -217,6 +218,9 @@ def _fill(path, original): # -> a notebook of what is exported; name -> is it yo
     return dict(_read(path), cells=[title, *exported]), states
 
 # %% ../nbs/47_practice.ipynb #pr000062
+def _last_line(text): return (text.strip() or "no reason was given").splitlines()[-1]
+
+# %% ../nbs/47_practice.ipynb #pt000020
 def collect(
     folder: str | Path, # of write_course
 ) -> dict[str, dict[str, bool]]: # lesson -> name -> is it yours?
@@ -239,7 +243,9 @@ def collect(
         shutil.copy(paligemma_nb.__file__, package)
         env = {name: value for name, value in os.environ.items() if name != "IN_TEST"}
         export = "from nbdev.doclinks import nbdev_export; nbdev_export()"
-        subprocess.run([sys.executable, "-c", export], cwd=project, env=env, check=True)
+        done = subprocess.run([sys.executable, "-c", export], cwd=project, env=env,
+                              capture_output=True, text=True)
+        if done.returncode: raise ValueError(f"nbdev_export: {_last_line(done.stderr)}")
         shutil.rmtree(folder / package.name, ignore_errors=True)
         shutil.copytree(package, folder / package.name)
     return {lesson: names for lesson, names in states.items() if names}
@@ -260,9 +266,9 @@ def _answer(package, folder): # what a package's model says; its module
     done = subprocess.run([sys.executable, "-c", code], cwd=folder,
                           capture_output=True, text=True)
     if done.returncode == 0: return done.stdout.splitlines()[-2:]
-    *_, where = ["", *re.findall(rf"{package}/(\w+.py.+)", done.stderr)]
-    fault = (done.stderr.strip() or "no reason was given").splitlines()[-1]
-    return f"not yet: {fault} ({package}/{where.replace(chr(34), '')})", None
+    where = re.findall(rf'({package}/\w+\.py)", (line \d+)', done.stderr)[-1:]
+    place = "".join(f" ({file}, {line})" for file, line in where)
+    return f"not yet: {_last_line(done.stderr)}{place}", None
 
 # %% ../nbs/47_practice.ipynb #pr000068
 def show_mine(

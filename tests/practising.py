@@ -26,8 +26,8 @@ from IPython.core.interactiveshell import InteractiveShell
 
 from paligemma_nb import practice
 
-# seeds, settings and imports: what nobody names, and all rely on
-SETTING = re.compile("manual_seed|set_grad|chdir|filterwarnings|^(?:from|import) ", re.M)
+# settings and imports: what nobody names, and all rely on
+SETTING = re.compile("set_grad_enabled|chdir|filterwarnings|^(?:from|import) ", re.M)
 SCOPES = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp,
           ast.GeneratorExp)  # names that are bound in one of these stay there
 
