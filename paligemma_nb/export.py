@@ -321,7 +321,7 @@ class OnnxGraphs:
         session = self.sessions[graph]
         names = list(outputs) or [output.name for output in session.get_outputs()]
         try: arrays = session.run(names, {name: x.numpy() for name, x in inputs.items()})
-        except Exception as e: raise ValueError(f"{graph}: {first_line(e)}") from None
+        except Exception as e: raise ValueError(f"{graph}: {e}".replace("\n", " ")) from None
         return dict(zip(names, map(torch.from_numpy, arrays)))
 
 # %% ../nbs/46_export.ipynb #ex061
