@@ -37,7 +37,7 @@ from .scenes import HELD_OUT
 from .segmentation import find_objects
 from .tasks import markdown, measure
 from .training import (Recipe, batch_loss, learning_weights, make_optimizers,
-                                   run_steps, training_precision)
+                                   run_steps, team, training_precision)
 
 METHODS = "lora", "frozen", "full"
 
@@ -257,6 +257,7 @@ def _optimizers(model, recipe):
 
 def _batches(processor, recipe, datasets, workers, first): # each step's parts
     plan = batch_rows(recipe, len(datasets[0]), sum(map(len, datasets[1:])))[first:]
+    plan = [step[team[0].rank::team[0].count] for step in plan]  # this process's rows
     rows = [step[i::recipe.parts] for step in plan for i in range(recipe.parts)]
     loader = iter(DataLoader(ConcatDataset(datasets), batch_sampler=rows, num_workers=workers,
                              collate_fn=partial(collate, processor)))
@@ -265,7 +266,7 @@ def _batches(processor, recipe, datasets, workers, first): # each step's parts
 def _evaluate(model, processor, valid, recipe, best, history): # keeps the best weights
     if valid is None: return None
     marks = measure_rows(model, processor, valid, autocast=recipe.autocast)[0]
-    if all(_rank(dict(marks=marks)) > _rank(row) for row in history):
+    if team[0].rank == 0 and all(_rank(dict(marks=marks)) > _rank(row) for row in history):
         # before the state: after a kill in between it is repeated
         with replacing(best) as new: save_tensors(learning_weights(model), new)
     return marks
@@ -292,7 +293,7 @@ def finetune(
         datasets.append(old)
     recipe = replace(recipe, learning_rate=recipe.learning_rate or default_rate(model, recipe),
                      data=_fingerprint(model, [*datasets, valid]))
-    prepare(model, recipe).train()
+    team[0].spread(prepare(model, recipe)).train()
     if checkpointing: model.gradient_checkpointing_enable()
     history = run_steps(
         folder, model, _optimizers(model, recipe), recipe,
@@ -300,7 +301,7 @@ def finetune(
         partial(_evaluate, model, processor, valid, recipe, best),
         evaluate_every, evaluate_every, partial(_is_done, patience))
     if valid: model.load_state_dict(load_file(best), strict=False)
-    model.eval()
+    team[0].gather(model).eval()
     return history
 
 # %% ../nbs/35_finetuning.ipynb #ft000018
@@ -337,12 +338,12 @@ def _teach(rows, unseen, model_path, weights, output, recipe, **settings):
     try:
         history = finetune(model, processor, rows, unseen, f"{output}.run", recipe,
                            evaluate_every=max(25, recipe.steps // 20), **settings)
-        if lora: save_adapter(model, output, base=model_path or SHIPPED)
-        else: save_model(model, processor, output)
+        if team[0].rank == 0:
+            if lora: save_adapter(model, output, base=model_path or SHIPPED)
+            else: save_model(model, processor, output)
     except SafetensorError as e: raise OSError(f"{output} is not written: {first_line(e)}")
-    if unseen:
-        best = max(history, key=_rank)
-        print(f"best after {best['step']} steps:\n{table(best['marks'])}")
+    best = unseen and max(history, key=_rank)
+    if best: print(f"best after {best['step']} steps:\n{table(best['marks'])}")
     print(f'ask it: paligemma-nb --model_path {output} --image_file_path PICTURE '
           f'--prompt "{rows.rows[0].prefix}"')
 

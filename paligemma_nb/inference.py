@@ -328,8 +328,8 @@ def _written(job, path, prompt, answer, objects, cut_off): # what is printed of 
 
 # %% ../nbs/49_inference.ipynb #39fae27c
 COMMANDS = {  # name -> function, or where it is; None: what runs without a name
-    None: answer, "train": "training:train_tiny",
-    "finetune": "finetuning:finetune_files", "evaluate": "finetuning:evaluate_files",
+    None: answer, "train": "scale:train_tiny",
+    "finetune": "scale:finetune_files", "evaluate": "finetuning:evaluate_files",
     "quantize": "quantization:write_quantized", "convert": "big_vision:convert_npz",
     "export": "export:export_model",
     "train-masks": "mask_training:train_mask_vae",
