@@ -90,14 +90,19 @@ def sampled(model, processor, num_scenes=240): # -> reward and right ones, of fo
     return dict(reward=rewards.mean().item(), right=(rewards > 0.5).float().mean().item())
 
 
-def told(model, processor): # what a model can do: on 1,000 prompts for two things, and at all
+def shown(answers): return [dict(seed=a.seed, prompt=a.example.prompt, text=a.text)
+                            for a in answers[:40]]
+
+
+def told(model, processor, hacked=False): # what a model can do: two things at once, and all
     from paligemma_nb.reward import exam
     from paligemma_nb.scenes import HELD_OUT
     from paligemma_nb.tasks import evaluate
-    right, answers = exam(model, processor, SEVERAL, 1_000, HELD_OUT)
-    shown = [dict(seed=a.seed, prompt=a.example.prompt, text=a.text) for a in answers[:40]]
-    return dict(right=right, answers=shown, sampled=sampled(model, processor),
-                marks=evaluate(model, processor, 150)[0])
+    right, answers = exam(model, processor, SEVERAL, 100 if hacked else 1_000, HELD_OUT)
+    found = dict(right=right, answers=shown(answers))
+    if hacked: return found  # its answers are long, and there is nothing more to be known
+    return found | dict(sampled=sampled(model, processor),
+                        marks=evaluate(model, processor, 150)[0])
 
 
 def run(kind: str = "practice", seed: int = 0, folder: str = "runs/reward"):
@@ -117,7 +122,7 @@ def run(kind: str = "practice", seed: int = 0, folder: str = "runs/reward"):
         history = practise(place / name, model, processor, recipe, EVERY)
     share = (time.process_time() - core) / (time.perf_counter() - wall)
     found = dict(kind=kind, seed=seed, start=start, recipe=asdict(recipe), machine=machine(),
-                 core_share=share, history=history, end=told(model, processor))
+                 core_share=share, history=history, end=told(model, processor, kind == "hits"))
     (place / f"{name}.json").write_text(json.dumps(found))
     print(table([found]), flush=True)
 
@@ -129,9 +134,10 @@ def table(runs):
     heads = "kind", "seed", "core seconds", "two things right", "captions", "where", "counts"
     lines = [f"| {' | '.join(heads)} |", "|---" + "|--:" * (len(heads) - 1) + "|"]
     for r in runs:
-        marks = r["end"]["marks"]
-        cells = [r["kind"], r["seed"], f"{seconds(r):.0f}", f"{r['end']['right']:.3f}",
-                 *(f"{marks[kind]['right']:.3f}" for kind in ("caption", "where", "count"))]
+        marks = r["end"].get("marks")
+        cells = [r["kind"], r["seed"], f"{seconds(r):.0f}", f"{r['end']['right']:.3f}"]
+        for kind in ("caption", "where", "count"):
+            cells.append(f"{marks[kind]['right']:.3f}" if marks else "")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
