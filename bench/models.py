@@ -6,7 +6,7 @@ import torch
 
 def wide_processor():
     from paligemma_nb.processing import PaliGemmaProcessor
-    from paligemma_nb.training import tiny_processor
+    from paligemma_nb.tasks import tiny_processor
     return PaliGemmaProcessor(tiny_processor().tokenizer, image_size=224, num_image_tokens=256)
 
 
