@@ -173,3 +173,9 @@ def test_bytes_on_paper(weights):
     assert (lora.gradients, lora.moments) == (4 * adapters, 8 * adapters)
     assert lora.weights == 2 * weights + 4 * adapters and lora.copies == 0
     assert found["LoRA, FSDP", 8].total < lora.total < found["data parallel", 8].total
+
+
+@pytest.mark.long
+def test_a_record_of_two_processes():
+    subprocess.run([sys.executable, ROOT / "bench" / "two_processes.py", "--results",
+                    ROOT / "bench" / "results"], check=True)
