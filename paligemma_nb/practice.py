@@ -272,7 +272,7 @@ def _answer(package, folder): # what a package's model says; its module
 
 # %% ../nbs/47_practice.ipynb #pr000068
 def show_mine(
-    folder: str, # of `paligemma-nb practice`
+    folder: str, # that the command practice has written
 ) -> int: # 0, or 1 if your model does not answer as the course's does
     """Makes the package my_paligemma of what you wrote in the folder, opens the shipped
     weights with it and asks a question. What is still a stub is the course's and is listed."""
