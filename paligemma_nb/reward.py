@@ -65,8 +65,7 @@ REWARDS = dict(match=match_reward, hits=hits_reward)
 # %% ../nbs/37_reward.ipynb #re0104
 @dataclass(frozen=True)
 class RewardRecipe:
-    """Everything that decides what a run does; sampling also depends on the processor's
-    rounding. Raises ValueError for a recipe that could not do what it says."""
+    "All that decides a run. Raises ValueError for a recipe that could not do what it says."
     steps: int = 60                # of sampling; each is followed by updates
     scenes_per_step: int = 16      # with one prompt about each
     samples: int = 8               # answers to each prompt: a group
@@ -79,7 +78,7 @@ class RewardRecipe:
     reward: str = "match"          # one of REWARDS
     kind_weights: dict[str, float] = field(default_factory=lambda: dict(several=1))
     max_new_tokens: int = 40       # longer answers are cut off
-    seed: int = 0
+    seed: int = 0                  # of scenes and samples (rounding may tip one of these)
     autocast: bool = True          # of the updates, as in lesson 31
     start: str = ""                # fingerprint of the first weights; practise fills it in
 
@@ -92,9 +91,8 @@ class RewardRecipe:
             if not (value := getattr(self, name)) > 0:
                 raise ValueError(f"{name}: expected more than 0, got {value}")
         if not self.kl >= 0: raise ValueError(f"kl: expected 0 or more, got {self.kl}")
-        if self.scenes_per_step % self.updates:
-            raise ValueError(f"{self.scenes_per_step} prompts do not make {self.updates} "
-                             "updates of equal size")
+        if self.scenes_per_step % self.updates: raise ValueError(
+            f"{self.scenes_per_step} prompts do not make {self.updates} equal updates")
 
     def rates(self, step: int) -> dict[str, float]: # of the optimizer
         "Raises ValueError for a step that is not in the run."

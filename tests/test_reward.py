@@ -217,7 +217,7 @@ def test_prompts_depend_on_recipe_and_step(shipped):
     (dict(reward="beauty"), "a reward of match, hits, got 'beauty'"),
     (dict(samples=1), "nothing to be compared with"), (dict(steps=0), "steps: expected more"),
     (dict(clip=0), "clip: expected more than 0, got 0"), (dict(updates=0), "updates"),
-    (dict(scenes_per_step=2, updates=3), "2 prompts do not make 3 updates"),
+    (dict(scenes_per_step=2, updates=3), "2 prompts do not make 3 equal updates"),
     (dict(kl=-0.1), "kl: expected 0 or more"), (dict(warmup_steps=0), "warmup_steps")])
 def test_recipes_that_could_not_do_what_they_say(settings, said):
     with pytest.raises(ValueError, match=said): RewardRecipe(**settings)
