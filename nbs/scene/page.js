@@ -200,6 +200,7 @@ function show(tokens) {
   drawBins($("bins-x"), $("bins-y"), tokens, selected, strong)
   drawZoom($("zoom"), $("zoom-text"), token, corners(tokens)[selected], SIZE, {strong, weak})
   showProbs($("probs"), token)
+  $("hint").hidden = Boolean(token)
   if (tokens.length)
     showMaps($("maps"), token?.attention ?? meanAttention(tokens), state.map, PATCHES, strong)
 }
