@@ -7,7 +7,6 @@ import ast
 import inspect
 import io
 import re
-import textwrap
 import tokenize
 from pathlib import Path
 
@@ -15,18 +14,21 @@ from IPython.display import Markdown
 
 from nbdev.config import get_config
 
+PACKAGE = Path(__file__).resolve().parents[1]/"paligemma_nb"
 Row = tuple[str, str, str, str] # name, type, default, what the comment says
 
 
-def source_link(name: str) -> str: # Markdown; empty for a name that no module has
+def find(name: str, said: str | None) -> tuple[str, str]: # its source in the package, a link
+    "Two modules may have a name; the docstring tells which is meant."
     config = get_config()
-    for path in sorted(Path(config.lib_path).glob("[a-z]*.py")):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(lines, 1):
-            if not re.match(rf"(class|def) {name}\b", line): continue
+    for path in sorted(PACKAGE.glob("[a-z]*.py")):
+        source = path.read_text(encoding="utf-8")
+        for node in ast.parse(source).body:
+            if getattr(node, "name", "") != name or ast.get_docstring(node) != said: continue
+            lines = source.splitlines()[node.lineno - 1:node.end_lineno]
             url = f"{config.git_url}/blob/{config.branch}/{path.parent.name}/{path.name}"
-            return f'[source]({url}#L{number}){{style="float:right; font-size:smaller"}}\n\n'
-    return ""
+            return "\n".join(lines), f"{url}#L{node.lineno}"
+    raise ValueError(f"{name} is not exported: run nbdev_export")
 
 
 def described(source: str) -> tuple[str, list[Row]]: # docstring; parameters and result
@@ -65,8 +67,10 @@ def described(source: str) -> tuple[str, list[Row]]: # docstring; parameters and
 def as_written(sym, name: str | None = None, title_level: int = 3) -> Markdown:
     "Called by nbdev's show_doc."
     name = name or sym.__name__
-    text, rows = described(textwrap.dedent(inspect.getsource(sym)))
-    page = [f"{source_link(name)}{'#' * title_level} {name}", text]
+    source, url = find(name, inspect.getdoc(sym))
+    text, rows = described(source)
+    link = f'[source]({url}){{style="float:right; font-size:smaller"}}'
+    page = [link, f"{'#' * title_level} {name}", text]
     if rows:
         lines = ["| | type | default | |", "|---|---|---|---|"]
         for row in rows:
