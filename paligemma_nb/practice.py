@@ -242,7 +242,7 @@ def collect(
         package.mkdir()
         shutil.copy(paligemma_nb.__file__, package)
         env = {name: value for name, value in os.environ.items() if name != "IN_TEST"}
-        export = "from nbdev.doclinks import nbdev_export; nbdev_export()"
+        export = "from nbdev.doclinks import nbdev_export as export; export()"
         done = subprocess.run([sys.executable, "-c", export], cwd=project, env=env,
                               capture_output=True, text=True)
         if done.returncode: raise ValueError(f"nbdev_export: {_last_line(done.stderr)}")
