@@ -125,7 +125,8 @@ def help_text(
         about = "; ".join(filter(None, [" or ".join(_words(p.annotation)), comments[n]]))
         default = "" if p.default in (None, p.empty) else f" [{p.default}]"
         lines.append(f"  --{n:24}{about}{default}")
-    if others: lines += ["", "Commands, each with its own --help:", f"  {', '.join(others)}"]
+    if others: lines += ["", "Commands, each with its own --help:",
+                         textwrap.indent(textwrap.fill(", ".join(others), 93), "  ")]
     return "\n".join(lines)
 
 # %% ../nbs/48_command.ipynb #aab178f2
