@@ -4,8 +4,8 @@
 
 Draws scenes into a folder and runs `paligemma-nb label` twice over it. Every row must be equal
 in text and boxes. Seconds are taken from the first part to the last, without the start of
-either; the start stands beside them. (Each way answers in blocks of 64; what is measured is the
-blocks after the first one.)
+either; the start stands beside them. (Each way answers in blocks of 64; what is measured is
+the blocks after the first one of each process.)
 """
 import json
 import os
@@ -34,9 +34,10 @@ def run(pictures, output, workers, threads): # -> rows, and one row of results
     parts = sorted(output.glob("part-*.jsonl"))
     ends = sorted(part.stat().st_mtime for part in parts)
     rows = [json.loads(line) for part in parts for line in part.read_text().splitlines()]
-    count = len(rows) // len(PROMPTS) * (len(parts) - 1) / len(parts)
+    first = max(1, workers)  # parts that were begun before anything could be measured
+    count = len(rows) // len(PROMPTS) * (len(parts) - first) / len(parts)
     return rows, dict(workers=workers, threads=threads, until_first_part=ends[0] - started,
-                      pictures_a_second=count / (ends[-1] - ends[0]),
+                      pictures_a_second=count / (ends[-1] - ends[first - 1]),
                       seconds=ends[-1] - started)
 
 

@@ -2,8 +2,8 @@
 
     python bench/serve_clients.py --requests 96 --results bench/results
 
-Each client asks OpenAI's client for captions of scenes, one after the other, until all requests
-are answered. Latencies are in seconds, from asking to the whole answer. With batch_size 1 the
+Each client asks OpenAI's client for captions of scenes, one after the other, until all are
+answered. Latencies are in seconds, from asking to the whole answer. With batch_size 1 the
 server answers one at a time. Clients and server share the processor.
 """
 import asyncio

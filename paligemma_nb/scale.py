@@ -97,6 +97,7 @@ def several_processes():
 # %% ../nbs/45_scale.ipynb #sc0020
 @functools.wraps(finetuning.finetune_files)
 def finetune_files(*args, **flags):
+    "That of finetuning, on one process or several."
     with several_processes() as count:
         if count > 1: _check(flags, count)
         return finetuning.finetune_files(*args, **flags)
@@ -104,6 +105,7 @@ def finetune_files(*args, **flags):
 # %% ../nbs/45_scale.ipynb #sc0021
 @functools.wraps(training.train_tiny)
 def train_tiny(*args, **flags):
+    "That of training. Raises ValueError among several processes."
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("train runs in one process: start it without accelerate or torchrun")
     training.train_tiny(*args, **flags)

@@ -325,7 +325,7 @@ def family(process):
 
 
 def gone(processes): # waits for their end; a hang would be stopped by whoever runs the tests
-    psutil.wait_procs(processes, timeout=300)
+    psutil.wait_procs(processes, timeout=600)
     return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
 
 
