@@ -14,12 +14,12 @@ from traceback import extract_tb
 def verdict(
     check: Callable, # asserts what an answer must be, and returns what is right about it
 ) -> Callable: # takes an answer and prints one line, whatever the answer does
-    "Makes of a function with asserts a check that says `right: …` or `not yet: …`."
+    "Turns a function with asserts into a check that says `right: …` or `not yet: …`."
     @wraps(check)
     def judge(*answer):
         try: line = f"right: {check(*answer)}"
         except AssertionError as error:  # without a message: the line that failed
-            line = f"not yet: {error or extract_tb(error.__traceback__)[-1].line}"
+            line = f"not yet: {str(error) or extract_tb(error.__traceback__)[-1].line}"
         except Exception as error: line = f"not yet: {type(error).__name__}: {error}"
         print(" ".join(line.split()))
     return judge
