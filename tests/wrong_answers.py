@@ -571,6 +571,35 @@ def split_qkv(w):
     ],
 }
 
+WRONG["21_quantization"] = {
+    "check_back": [
+        "comes_back = 0.33",
+        "comes_back = 0",
+        "comes_back = 0.4",
+    ],
+    "check_bits": [
+        "bits_each = 4",
+        "bits_each = 5",
+        "bits_each = 4.25",
+    ],
+    "check_to_levels": [
+        ("/ 15\n"
+         "    return ((group - group.min()) / step).round()",
+         "/ 16\n"
+         "    return ((group - group.min()) / step).round().clamp(max=15)"),
+        ("/ 15\n"
+         "    return ((group - group.min()) / step).round()",
+         "/ 16\n"
+         "    return ((group - group.min()) / step).floor().clamp(max=15)"),
+        ("(group.max() - group.min()) / 15", "group.abs().max() / 15"),
+    ],
+    "check_symmetric": [
+        ("/ 7", "/ 8"),
+        (".round()", ".floor()"),
+        ("groups.abs().amax(dim=-1, keepdim=True)", "groups.abs().amax()"),
+    ],
+}
+
 WRONG["22_speed"] = {
     "check_intensity": [
         "for_each_byte = 32",
