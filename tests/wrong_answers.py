@@ -6,21 +6,9 @@ what; a text is a whole answer of its own.
 WRONG = {}
 
 WRONG["00_tour"] = {
-    "check_image_tokens": [
-        "image_tokens = 512",
-        "image_tokens = 32",
-        "image_tokens = 256",
-    ],
-    "check_turns": [
-        "turns = 11",
-        "turns = 10",
-        "turns = 1",
-    ],
-    "check_odds": [
-        "odds = 4.5",
-        "odds = 9",
-        "odds = 81",
-    ],
+    "check_image_tokens": ["image_tokens = 512", "image_tokens = 32", "image_tokens = 256"],
+    "check_turns": ["turns = 11", "turns = 10", "turns = 1"],
+    "check_odds": ["odds = 4.5", "odds = 9", "odds = 81"],
     "check_read_box": [
         ("y1, x1, y2, x2", "y1, x1, x2, y2"),
         ("y1, x1, y2, x2", "y2, x2, y1, x1"),
@@ -32,21 +20,14 @@ WRONG["00_tour"] = {
         ("+ 1 + words + 1", "+ 1 + words"),
     ],
     "check_mistake": [
-        "seed, prompt = 5, \"caption en\"",
-        "seed, prompt = HELD_OUT + 13, \"answer en what is the meaning of life?\"",
+        'seed, prompt = 5, "caption en"',
+        'seed, prompt = HELD_OUT + 13, "answer en what is the meaning of life?"',
     ],
 }
 
 WRONG["01_scenes"] = {
-    "check_between": [
-        "between = 30",
-        "between = 3000",
-    ],
-    "check_pairs": [
-        "pairs = 4",
-        "pairs = 12",
-        "pairs = 16",
-    ],
+    "check_between": ["between = 30", "between = 3000"],
+    "check_pairs": ["pairs = 4", "pairs = 12", "pairs = 16"],
     "check_left_of": [
         ("truth = p.center[0] < q.center[0]", "truth = rng.integers(2)"),
         ("rng.integers(2)", "1"),
@@ -81,22 +62,15 @@ WRONG["02_siglip"] = {
         ("0, 2, 4, 1, 3, 5", "0, 2, 4, 3, 5, 1"),
         ("grid.permute(0, 2, 4, 1, 3, 5)", "grid"),
     ],
-    "check_spread": [
-        "spread_of_scores = 400",
-        "spread_of_scores = 1",
-    ],
+    "check_spread": ["spread_of_scores = 400", "spread_of_scores = 1"],
     "check_what_changes": [
-        "what_changes = \"the order of the rows\"",
-        "what_changes = \"the numbers\"",
+        'what_changes = "the order of the rows"',
+        'what_changes = "the numbers"',
     ],
-    "check_constant": [
-        "each = 1",
-        "each = 5",
-        "each = float(\"nan\")",
-    ],
+    "check_constant": ["each = 1", "each = 5", 'each = float("nan")'],
     "check_resize": [
         ("align_corners=False", "align_corners=True"),
-        ("mode=\"bicubic\"", "mode=\"bilinear\""),
+        ('mode="bicubic"', 'mode="bilinear"'),
         ("table.T.view", "table.reshape"),
     ],
     "check_count": [
@@ -107,15 +81,8 @@ WRONG["02_siglip"] = {
 }
 
 WRONG["03_rope"] = {
-    "check_opposite": [
-        "distance = 12",
-        "distance = 3",
-    ],
-    "check_position": [
-        "position = 1000",
-        "position = 6283",
-        "position = 250",
-    ],
+    "check_opposite": ["distance = 12", "distance = 3"],
+    "check_position": ["position = 1000", "position = 6283", "position = 250"],
     "check_to_halves": [
         ("dim=1", "dim=2"),
         ("heads[:, 0::2], heads[:, 1::2]", "heads[:, 1::2], heads[:, 0::2]"),
@@ -129,52 +96,32 @@ def to_halves(weight, h):
         ("turned_at(-distance, x.view(1, 1, 1, 64)).flatten(), x",
          "x, turned_at(-distance, x.view(1, 1, 1, 64)).flatten()"),
     ],
-    "check_theta": [
-        (" ** (d / (d - 2))", ""),
-        ("d - 2", "d - 1"),
-        ("(2 * pi)", "1"),
-    ],
+    "check_theta": [(" ** (d / (d - 2))", ""), ("d - 2", "d - 1"), ("(2 * pi)", "1")],
 }
 
 WRONG["04_kv_cache"] = {
-    "check_passes": [
-        "token_passes = 360",
-        "token_passes = 26000",
-        "token_passes = 100",
-    ],
+    "check_passes": ["token_passes = 360", "token_passes = 26000", "token_passes = 100"],
     "check_piece_mask": [
         ("diagonal=past", "diagonal=t"),
         ("diagonal=past", "diagonal=past - 1"),
         (".tril(diagonal=past)", ""),
     ],
-    "check_megabytes": [
-        "megabytes = 4.7",
-        "megabytes = 18.9",
-        "megabytes = 302",
-    ],
+    "check_megabytes": ["megabytes = 4.7", "megabytes = 18.9", "megabytes = 302"],
     "check_fit": [
         ("2 * layers * b * k * d * 2", "layers * b * k * d * 2"),
         ("* b * k", "* k"),
         ("d * 2)", "d * 4)"),
     ],
     "check_ask": [
-        ("    cache.length = text_length\n",
-         ""),
+        ("    cache.length = text_length\n", ""),
         ("cache.length = text_length", "cache.length = 0"),
         ("[:, question.shape[1]:]", "[:, :steps]"),
     ],
 }
 
 WRONG["05_gemma"] = {
-    "check_feature": [
-        "feature = 0.5",
-        "feature = 10",
-    ],
-    "check_kv_head": [
-        "kv_head = 1",
-        "kv_head = 5",
-        "kv_head = 3",
-    ],
+    "check_feature": ["feature = 0.5", "feature = 10"],
+    "check_kv_head": ["kv_head = 1", "kv_head = 5", "kv_head = 3"],
     "check_layer_forward": [
         ("layer.mlp(layer.post_attention_layernorm(x))", "layer.mlp(x)"),
         ("layer.self_attn(layer.input_layernorm(x), cos", "layer.self_attn(x, cos"),
@@ -184,11 +131,7 @@ def layer_forward(layer, x, cos, sin, mask):
     return x + layer.mlp(layer.post_attention_layernorm(y))
 """,
     ],
-    "check_percent": [
-        "percent = 67",
-        "percent = 50",
-        "percent = 75",
-    ],
+    "check_percent": ["percent = 67", "percent = 50", "percent = 75"],
     "check_count": [
         ("3 * c * config", "2 * c * config"),
         ("+ config.num_key_value_heads", "+ config.num_attention_heads"),
@@ -212,16 +155,8 @@ def share_by_hand(q, k, v):
 }
 
 WRONG["06_gemma2"] = {
-    "check_divisor": [
-        "divisor = 144",
-        "divisor = 11.31",
-        "divisor = 16",
-    ],
-    "check_patches": [
-        "patches = 1500",
-        "patches = 1508",
-        "patches = 4096",
-    ],
+    "check_divisor": ["divisor = 144", "divisor = 11.31", "divisor = 16"],
+    "check_patches": ["patches = 1500", "patches = 1508", "patches = 4096"],
     "check_band_of": [
         ("j <= i", "j < i"),
         ("(j <= i) & ", ""),
@@ -236,17 +171,12 @@ WRONG["06_gemma2"] = {
     "check_reach": [
         ("(window - 1)", "window"),
         ("len(layer_types) * (window - 1)", "len(layer_types) * window - 1"),
-        ("    if FULL in layer_types: return None\n",
-         ""),
+        ("    if FULL in layer_types: return None\n", ""),
     ],
 }
 
 WRONG["07_paligemma"] = {
-    "check_allowed": [
-        "allowed = 78",
-        "allowed = 144",
-        "allowed = 87",
-    ],
+    "check_allowed": ["allowed = 78", "allowed = 144", "allowed = 87"],
     "check_nothing": [
         "loss_of_nothing = 17.97",
         "loss_of_nothing = 1 / 257_216",
@@ -275,23 +205,15 @@ WRONG["10_processing"] = {
         ("permute(2, 0, 1)", "flip(2).permute(2, 0, 1)"),
         (" / 127.5 - 1", " / 255"),
     ],
-    "check_num_bytes": [
-        "num_bytes = 6",
-        "num_bytes = 7",
-        "num_bytes = 12",
-    ],
-    "check_num_tokens": [
-        "num_tokens = 3",
-        "num_tokens = 7",
-        "num_tokens = 2",
-    ],
+    "check_num_bytes": ["num_bytes = 6", "num_bytes = 7", "num_bytes = 12"],
+    "check_num_tokens": ["num_tokens = 3", "num_tokens = 7", "num_tokens = 2"],
     "check_picture": [
         (".round()", ""),
         ("permute(1, 2, 0)", "permute(2, 1, 0)"),
         ("(pixels + 1) / 2", "pixels"),
     ],
     "check_decode": [
-        "def naive_decode(tokens): return \"\".join(tokens).replace(\"▁\", \" \")",
+        'def naive_decode(tokens): return "".join(tokens).replace("▁", " ")',
         """\
 def naive_decode(tokens):
     def text(token):
@@ -304,19 +226,10 @@ def naive_decode(tokens):
 }
 
 WRONG["11_generation"] = {
-    "check_times": [
-        "times_as_likely = 6",
-        "times_as_likely = 1.5",
-        "times_as_likely = 3",
-    ],
-    "check_stay": [
-        "stay = 2",
-        "stay = 4",
-        "stay = 5",
-    ],
+    "check_times": ["times_as_likely = 6", "times_as_likely = 1.5", "times_as_likely = 3"],
+    "check_stay": ["stay = 2", "stay = 4", "stay = 5"],
     "check_write_rows": [
-        ("        if step: new = new.masked_fill(done, pad)\n",
-         ""),
+        ("        if step: new = new.masked_fill(done, pad)\n", ""),
         ("done.all()", "done.any()"),
         ("done = (new == eos) | done", "done = new == eos"),
     ],
@@ -337,21 +250,13 @@ def min_p(ids, logits):
 }
 
 WRONG["12_attention"] = {
-    "check_likely": [
-        "likely = 0.5",
-        "likely = 0.733",
-        "likely = 0.72",
-    ],
+    "check_likely": ["likely = 0.5", "likely = 0.733", "likely = 0.72"],
     "check_rows": [
         ("[:, :, t - 1:-1]", "[:, :, t - 1:]"),
         ("[:, :, t - 1:-1]", "[:, :, t - 2:-2]"),
         ("[:, :, t - 1:-1]", "[:, :, :, t - 1:-1]"),
     ],
-    "check_share": [
-        "share = 0.25",
-        "share = 0.5",
-        "share = 0.75",
-    ],
+    "check_share": ["share = 0.25", "share = 0.5", "share = 0.75"],
     "check_believe": [
         (".prod(dim=1)", ".mean(dim=1)"),
         (".prod(dim=1)", "[:, 0]"),
@@ -366,22 +271,14 @@ WRONG["12_attention"] = {
 
 WRONG["13_hub"] = {
     "check_is_note": [
-        "def is_note(path): return path.read_text().startswith(\"version\")",
-        "def is_note(path): return b\"git-lfs\" in path.read_bytes()[:200]",
-        "def is_note(path): return path.suffix == \".safetensors\"",
+        'def is_note(path): return path.read_text().startswith("version")',
+        'def is_note(path): return b"git-lfs" in path.read_bytes()[:200]',
+        'def is_note(path): return path.suffix == ".safetensors"',
     ],
-    "check_new_blobs": [
-        "new_blobs = 5",
-        "new_blobs = 0",
-        "new_blobs = 6",
-    ],
-    "check_megabytes": [
-        "megabytes = 0",
-        "megabytes = 15.2",
-        "megabytes = 22.8",
-    ],
+    "check_new_blobs": ["new_blobs = 5", "new_blobs = 0", "new_blobs = 6"],
+    "check_megabytes": ["megabytes = 0", "megabytes = 15.2", "megabytes = 22.8"],
     "check_to_fetch": [
-        ("int(text.split(\"size \")[1]) for text", "len(text) for text"),
+        ('int(text.split("size ")[1]) for text', "len(text) for text"),
         ("if is_pointer(path)", "if is_pointer(path) and path.name == WEIGHTS"),
         """\
 def to_fetch(folder):
@@ -389,8 +286,8 @@ def to_fetch(folder):
 """,
     ],
     "check_unused": [
-        ("(cache / \"snapshots\" / v).iterdir()",
-         "(cache / \"snapshots\" / v).iterdir() if link.name == WEIGHTS"),
+        ('(cache / "snapshots" / v).iterdir()',
+         '(cache / "snapshots" / v).iterdir() if link.name == WEIGHTS'),
         ("- used", "& used"),
         """\
 def unused(cache):
@@ -402,16 +299,8 @@ def unused(cache):
 }
 
 WRONG["14_checkpoint"] = {
-    "check_offset": [
-        "last_offset = 24",
-        "last_offset = 26",
-        "last_offset = 62",
-    ],
-    "check_kept": [
-        "kept = 1001",
-        "kept = 1004",
-        "kept = 1024",
-    ],
+    "check_offset": ["last_offset = 24", "last_offset = 26", "last_offset = 62"],
+    "check_kept": ["kept = 1001", "kept = 1004", "kept = 1024"],
     "check_check": [
         """\
 def check_names(expected, found):
@@ -427,32 +316,22 @@ def check_names(expected, found):
 """,
     ],
     "check_memory_key": [
-        ("    if name == \"language_model.lm_head.weight\": return \"lm_head.weight\"\n",
-         ""),
-        (".replace(\"vision_tower.vision_model.\", \"vision_tower.\", 1)", ""),
-        ("\"model.\" + ", ""),
+        ("    if name == \"language_model.lm_head.weight\": return \"lm_head.weight\"\n", ""),
+        ('.replace("vision_tower.vision_model.", "vision_tower.", 1)', ""),
+        ('"model." + ', ""),
     ],
     "check_seal": [
         ("{name} {x.dtype} ", "{x.dtype} "),
         (" {x.dtype} {list(x.shape)}", " {x.dtype}"),
         (" {x.dtype}", ""),
         ("published_key(key)", "key"),
-        ("        digest.update(bytes(x.flatten().view(torch.uint8).numpy()))\n",
-         ""),
+        ("        digest.update(bytes(x.flatten().view(torch.uint8).numpy()))\n", ""),
     ],
 }
 
 WRONG["15_detection"] = {
-    "check_off": [
-        "pixels_off = 3.91",
-        "pixels_off = 0.5",
-        "pixels_off = 1.95",
-    ],
-    "check_overlap": [
-        "overlap = 0.75",
-        "overlap = 0.5",
-        "overlap = 0.8",
-    ],
+    "check_off": ["pixels_off = 3.91", "pixels_off = 0.5", "pixels_off = 1.95"],
+    "check_overlap": ["overlap = 0.75", "overlap = 0.5", "overlap = 0.8"],
     "check_bins_in": [
         """\
 def bins_in(text):
@@ -475,16 +354,8 @@ def bins_in(text):
 }
 
 WRONG["16_segmentation"] = {
-    "check_bits": [
-        "num_bits = 224",
-        "num_bits = 512",
-        "num_bits = 64",
-    ],
-    "check_numbers": [
-        "numbers = 16",
-        "numbers = 94",
-        "numbers = 32",
-    ],
+    "check_bits": ["num_bits = 224", "num_bits = 512", "num_bits = 64"],
+    "check_numbers": ["numbers = 16", "numbers = 94", "numbers = 32"],
     "check_put": [
         ("np.zeros(size[::-1], bool)", "np.zeros(size, bool)"),
         ("(x2 - x1, y2 - y1)", "(y2 - y1, x2 - x1)"),
@@ -517,16 +388,8 @@ def mirror(codes):
 }
 
 WRONG["19_kernels"] = {
-    "check_at_once": [
-        "at_once = 64",
-        "at_once = 8",
-        "at_once = 256",
-    ],
-    "check_percent": [
-        "percent = 1",
-        "percent = 35",
-        "percent = 44",
-    ],
+    "check_at_once": ["at_once = 64", "at_once = 8", "at_once = 256"],
+    "check_percent": ["percent = 1", "percent = 35", "percent = 44"],
     "check_to_bytes": [
         ("amax(dim=1, keepdim=True)", "amax(dim=0, keepdim=True)"),
         ("/ 127", "/ 255"),
@@ -545,18 +408,10 @@ WRONG["20_big_vision"] = {
         ("w.flatten(0, 1).T", "w.transpose(0, 1).flatten(0, 1).T"),
         ("w.flatten(0, 1).T", "w.flatten(0, 1)"),
     ],
-    "check_gigabytes": [
-        "gigabytes = 1.21",
-        "gigabytes = 4.83",
-        "gigabytes = 0.13",
-    ],
-    "check_number": [
-        "number = 2.5",
-        "number = 2.313",
-        "number = 4.25",
-    ],
+    "check_gigabytes": ["gigabytes = 1.21", "gigabytes = 4.83", "gigabytes = 0.13"],
+    "check_number": ["number = 2.5", "number = 2.313", "number = 4.25"],
     "check_split": [
-        ("\"HCD\", \"HD C\"", "\"HCD\", \"DH C\""),
+        ('"HCD", "HD C"', '"HCD", "DH C"'),
         "def split_qkv(w): return [x.flatten(0, 1).T.reshape(24, 10) for x in w]",
         """\
 def split_qkv(w):
@@ -564,24 +419,16 @@ def split_qkv(w):
 """,
     ],
     "check_piece": [
-        ("\"img/Transformer/encoderblock/\", \"llm/layers/\"",
-         "\"img/Transformer/encoderblock/\", \"img/\""),
+        ('"img/Transformer/encoderblock/", "llm/layers/"',
+         '"img/Transformer/encoderblock/", "img/"'),
         ("shape[1:] if key.startswith(stacks) else shape", "shape[1:]"),
         ("4 * max", "2 * max"),
     ],
 }
 
 WRONG["21_quantization"] = {
-    "check_back": [
-        "comes_back = 0.33",
-        "comes_back = 0",
-        "comes_back = 0.4",
-    ],
-    "check_bits": [
-        "bits_each = 4",
-        "bits_each = 5",
-        "bits_each = 4.25",
-    ],
+    "check_back": ["comes_back = 0.33", "comes_back = 0", "comes_back = 0.4"],
+    "check_bits": ["bits_each = 4", "bits_each = 5", "bits_each = 4.25"],
     "check_to_levels": [
         ("/ 15\n"
          "    return ((group - group.min()) / step).round()",
@@ -601,21 +448,9 @@ WRONG["21_quantization"] = {
 }
 
 WRONG["22_speed"] = {
-    "check_intensity": [
-        "for_each_byte = 32",
-        "for_each_byte = 8",
-        "for_each_byte = 64",
-    ],
-    "check_gflops": [
-        ("2 * rows", "rows"),
-        ("1e6", "1e9"),
-        ("1e6", "1e3"),
-    ],
-    "check_at_least": [
-        "at_least = 5",
-        "at_least = 20",
-        "at_least = 125",
-    ],
+    "check_intensity": ["for_each_byte = 32", "for_each_byte = 8", "for_each_byte = 64"],
+    "check_gflops": [("2 * rows", "rows"), ("1e6", "1e9"), ("1e6", "1e3")],
+    "check_at_least": ["at_least = 5", "at_least = 20", "at_least = 125"],
     "check_free_rows": [
         ("peak / 2", "peak"),
         ("bits / 8", "bits"),
@@ -624,21 +459,13 @@ WRONG["22_speed"] = {
 }
 
 WRONG["23_lora"] = {
-    "check_trained": [
-        "trained = 8_000",
-        "trained = 4_000",
-        "trained = 2_000_000",
-    ],
+    "check_trained": ["trained = 8_000", "trained = 4_000", "trained = 2_000_000"],
     "check_merge": [
         ("alpha / len(a)", "alpha"),
         ("b @ a", "a.T @ b.T"),
         ("alpha / len(a) * ", ""),
     ],
-    "check_factor": [
-        "factor = 2",
-        "factor = 16",
-        "factor = 512",
-    ],
+    "check_factor": ["factor = 2", "factor = 16", "factor = 512"],
     "check_size": [
         ("config.num_hidden_layers * rank", "config.num_hidden_layers * 8"),
         ("k_proj=c + k, v_proj=c + k", "k_proj=c + q, v_proj=c + q"),
@@ -655,15 +482,8 @@ WRONG["23_lora"] = {
 }
 
 WRONG["24_opening"] = {
-    "check_objects": [
-        "objects = 4",
-        "objects = 2",
-    ],
-    "check_looks": [
-        "looks = 20",
-        "looks = 5",
-        "looks = 1",
-    ],
+    "check_objects": ["objects = 4", "objects = 2"],
+    "check_looks": ["looks = 20", "looks = 5", "looks = 1"],
     "check_remembered": [
         ("path.stat().st_mtime_ns, path.stat().st_size", "path.stat().st_size"),
         "def remembered(path, read, memory): return read(path)",
@@ -672,21 +492,13 @@ WRONG["24_opening"] = {
     "check_count": [
         "def count(image, names): return dict.fromkeys(names, 2)",
         ("len(a.detections)", "len(a.text) > 0"),
-        ("f\"detect {name}\" for name in names", "f\"detect {names[0]}\" for name in names"),
+        ('f"detect {name}" for name in names', 'f"detect {names[0]}" for name in names'),
     ],
 }
 
 WRONG["30_tasks"] = {
-    "check_precision": [
-        "precision = 1",
-        "precision = 0.44",
-        "precision = 0.5",
-    ],
-    "check_points": [
-        "points = 0.4",
-        "points = 20",
-        "points = 1.6",
-    ],
+    "check_precision": ["precision = 1", "precision = 0.44", "precision = 0.5"],
+    "check_points": ["points = 0.4", "points = 20", "points = 1.6"],
     "check_exam": [
         ("HELD_OUT + seed", "HELD_OUT - num + seed"),
         ("make_scene(HELD_OUT + seed)", "make_scene(HELD_OUT)"),
@@ -694,24 +506,15 @@ WRONG["30_tasks"] = {
          "seed) for seed in range(HELD_OUT - 1, HELD_OUT + num - 1)"),
     ],
     "check_by_objects": [
-        ("        if \"iou\" not in a.marks: continue\n",
-         ""),
-        ("append(a.marks[\"iou\"])", "append(a.marks[\"iou\"] > 0.5)"),
+        ("        if \"iou\" not in a.marks: continue\n", ""),
+        ('append(a.marks["iou"])', 'append(a.marks["iou"] > 0.5)'),
         ("float(np.mean(ious))", "float(np.sum(ious))"),
     ],
 }
 
 WRONG["31_training"] = {
-    "check_part": [
-        "part = 0.5",
-        "part = 0.25",
-        "part = 0.2",
-    ],
-    "check_length": [
-        "squared_length = 68.25",
-        "squared_length = 1",
-        "squared_length = 10.5",
-    ],
+    "check_part": ["part = 0.5", "part = 0.25", "part = 0.2"],
+    "check_length": ["squared_length = 68.25", "squared_length = 1", "squared_length = 10.5"],
     "check_descend": [
         ("        optimizer.zero_grad()\n"
          "        (w * batch).mean().backward()\n",
@@ -732,21 +535,13 @@ WRONG["31_training"] = {
 }
 
 WRONG["32_mask_training"] = {
-    "check_slope": [
-        "slope = -0.8",
-        "slope = 0",
-        "slope = 1",
-    ],
+    "check_slope": ["slope = -0.8", "slope = 0", "slope = 1"],
     "check_choose": [
         ("x + (nearest - x).detach()", "nearest"),
         ("x + (nearest - x).detach()", "x"),
         ("(nearest - x).detach()", "nearest - x.detach()"),
     ],
-    "check_first": [
-        "first_number = 0.2",
-        "first_number = 1",
-        "first_number = 0.11",
-    ],
+    "check_first": ["first_number = 0.2", "first_number = 1", "first_number = 0.11"],
     "check_effective_codes": [
         ("uses[uses > 0]", "uses"),
         ("np.log2", "np.log"),
@@ -762,17 +557,13 @@ WRONG["33_contrastive"] = {
         "loss_of_no = 1.25",
     ],
     "check_one_line": [
-        (", reduction=\"sum\") / len(logits)", ")"),
-        ("F.binary_cross_entropy_with_logits(logits, answers, reduction=\"sum\") "
+        (', reduction="sum") / len(logits)', ")"),
+        ('F.binary_cross_entropy_with_logits(logits, answers, reduction="sum") '
          "/ len(logits)",
          "F.cross_entropy(logits, torch.arange(len(logits)))"),
         ("torch.eye(len(logits))", "torch.ones_like(logits)"),
     ],
-    "check_held": [
-        "held = 256",
-        "held = 1024",
-        "held = 32",
-    ],
+    "check_held": ["held = 256", "held = 1024", "held = 32"],
     "check_fair": [
         ("i == j or captions[i] != captions[j]", "captions[i] != captions[j]"),
         ("/ n", "/ counted.sum()"),
@@ -786,11 +577,7 @@ WRONG["33_contrastive"] = {
 }
 
 WRONG["34_datasets"] = {
-    "check_nats": [
-        "nats = 5",
-        "nats = math.log(5)",
-        "nats = math.log(24)",
-    ],
+    "check_nats": ["nats = 5", "nats = math.log(5)", "nats = math.log(24)"],
     "check_guess": [
         "my_guess = [True] * 6",
         "my_guess = [False, True, False, False, False, True]",
@@ -811,16 +598,8 @@ WRONG["34_datasets"] = {
 }
 
 WRONG["35_finetuning"] = {
-    "check_of_batch": [
-        "of_batch = 2",
-        "of_batch = 2.5",
-        "of_batch = 4",
-    ],
-    "check_steps": [
-        "steps_needed = 3",
-        "steps_needed = 10",
-        "steps_needed = 40",
-    ],
+    "check_of_batch": ["of_batch = 2", "of_batch = 2.5", "of_batch = 4"],
+    "check_steps": ["steps_needed = 3", "steps_needed = 10", "steps_needed = 40"],
     "check_fit": [
         ("[ids for ids in answers if len(ids) <= limit]",
          "[ids[:limit - 1] + ids[-1:] for ids in answers]"),
@@ -839,27 +618,21 @@ def old_rows(batch_size, share, steps):
     "check_repeats": [
         ("k=1", "k=0"),
         ("np.triu(box_iou(boxes, boxes), k=1)", "box_iou(boxes, boxes) - np.eye(len(boxes))"),
-        ("    if not boxes: return 0.\n",
-         ""),
+        ("    if not boxes: return 0.\n", ""),
     ],
 }
 
 WRONG["48_command"] = {
     "check_flags": [
-        "flags = {\"nosample\": True}, {\"notable\": True}",
-        "flags = {\"sample\": False}, {\"notable\": True}",
+        'flags = {"nosample": True}, {"notable": True}',
+        'flags = {"sample": False}, {"notable": True}',
     ],
     "check_tell": [
         ("    print(answer)", "    print(answer, file=sys.stderr)"),
-        ("    print(f\"device: {device}\", file=sys.stderr)\n",
-         ""),
+        ("    print(f\"device: {device}\", file=sys.stderr)\n", ""),
         (", file=sys.stderr", ""),
     ],
-    "check_exit_code": [
-        "exit_code = 15",
-        "exit_code = 130",
-        "exit_code = 2",
-    ],
+    "check_exit_code": ["exit_code = 15", "exit_code = 130", "exit_code = 2"],
     "check_as_size": [
         "def as_size(text): return tuple(map(int, text.split('x')))",
         ("if min(width, height) >= 1: ", ""),
@@ -869,21 +642,13 @@ WRONG["48_command"] = {
 
 WRONG["49_inference"] = {
     "check_check_temperature": [
-        ("not 0 <= temperature < float(\"inf\")",
+        ('not 0 <= temperature < float("inf")',
          "temperature < 0 or temperature != temperature"),
         ("0 <= temperature", "0 < temperature"),
-        (" < float(\"inf\")", ""),
+        (' < float("inf")', ""),
     ],
-    "check_batches": [
-        "batches = 2",
-        "batches = 48",
-        "batches = 16",
-    ],
-    "check_calls": [
-        "calls_of_batch = 35",
-        "calls_of_batch = 8",
-        "calls_of_batch = 5",
-    ],
+    "check_batches": ["batches = 2", "batches = 48", "batches = 16"],
+    "check_calls": ["calls_of_batch = 35", "calls_of_batch = 8", "calls_of_batch = 5"],
     "check_two_ways": [
         ("found.detections", "found.text"),
         ("said.text, len(found.detections)", "said.text, int(said.text == 'yes')"),
