@@ -659,3 +659,12 @@ WRONG["49_inference"] = {
         ("% 2 == 1", "% 2 == 0"),
     ],
 }
+
+WRONG["37_reward"] = {
+    "check_leave_one_out": [("(n - 1)", "n"), ("r - (r.sum", "(r.sum"), ("axis=1", "axis=0")],
+    "check_worth": ["def worth(ratio, advantage): return ratio * advantage",
+                    ("torch.min", "torch.max"), ("clamp(.8, 1.2)", "clamp(.8)")],
+    "check_no_news": ["advantage = 1.", "advantage = 1 / 8"],
+    "check_close_count": [("1: .5", "1: .4"),
+                          ("abs(int(text) - int(truth))", "int(text) - int(truth)")],
+}
