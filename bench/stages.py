@@ -4,12 +4,12 @@
     python bench/stages.py all --folder runs/stages       # those that are missing, then gather
     python bench/stages.py gather                         # -> nbs/data/36_stages.json
 
-Each run is `base` but for what RUNS says, and sees the same batches in the same order; two seeds
-each. A tower or a decoder that was taught before (`contrast`, `texts`) got PRETRAINING steps
-more: as in the paper these come on top, and their time stands apart.
+Each run is `base` but for what RUNS says, and sees the same batches in the same order; two
+seeds each. A tower or a decoder that was taught before (`contrast`, `texts`) got PRETRAINING
+steps more: as in the paper these come on top, and their time stands apart.
 
-Rates are searched by `muon …` and `adamw …`, each three times the one before. If the best of an
-optimizer is the first or the last of its rates, `gather` says so: then there is no best yet.
+Rates are searched by `muon …` and `adamw …`, each three times the one before. If the best of
+an optimizer is the first or the last of its rates, `gather` says so: there is no best yet.
 
 A run has one thread and can be stopped at any moment; called again, it goes on.
 """
