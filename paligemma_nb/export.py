@@ -11,7 +11,6 @@ import copy, json, logging, shutil, warnings
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -328,9 +327,7 @@ class OnnxGraphs:
 class OnnxModel(OnnxGraphs):
     """An exported model that answers like the one it was made of: `generate`, `stream` and
     `opening.answer` take it."""
-    # generate asks a model's last norm for device and dtype
-    language_model = SimpleNamespace(model=SimpleNamespace(
-        norm=SimpleNamespace(weight=torch.empty(0))))
+    device, dtype = torch.device("cpu"), torch.float32  # of inputs and outputs
 
     def get_image_features(self, pixel_values: Tensor, # [images, 3, s, s], in [-1, 1]
     ) -> Tensor: # [images, n, c], to stand in the decoder's sequence
