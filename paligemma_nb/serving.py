@@ -259,32 +259,6 @@ async def _chunks(ask, events, head, processor, usage): # of a stream, as server
         yield "data: [DONE]\n\n"
     finally: ask.gone = True  # answered, or nobody listens any more
 
-# %% ../nbs/44_serving.ipynb #sv0044
-def _usage(ask, processor):
-    prompt = processor.num_image_tokens + len(processor.encode(ask.prompt))
-    return dict(prompt_tokens=prompt, completion_tokens=len(ask.ids),
-                total_tokens=prompt + len(ask.ids))
-
-# %% ../nbs/44_serving.ipynb #sv0045
-def _head(name, streams):
-    return dict(id=f"chatcmpl-{uuid.uuid4().hex}", created=int(time.time()), model=name,
-                object="chat.completion" + ".chunk" * bool(streams))
-
-# %% ../nbs/44_serving.ipynb #sv0046
-async def _chunks(ask, events, head, processor, usage): # of a stream, as server-sent events
-    def line(delta, finish=None):
-        choice = dict(index=0, delta=delta, finish_reason=finish)
-        return f"data: {json.dumps(head | dict(choices=[choice]))}\n\n"
-    try:
-        yield line(dict(role="assistant", content=""))
-        while (event := await events.get()) is not ask: yield line(dict(content=event))
-        if ask.error: yield f"data: {json.dumps(_error(500, ask.error))}\n\n"
-        else: yield line(dict(detections=ask.detections), ask.finish)
-        last = head | dict(choices=[], usage=_usage(ask, processor))
-        if usage: yield f"data: {json.dumps(last)}\n\n"
-        yield "data: [DONE]\n\n"
-    finally: ask.gone = True  # answered, or nobody listens any more
-
 # %% ../nbs/44_serving.ipynb #sv0048
 async def _whole(request, ask, events, head, processor): # -> dict; None if nobody listens
     waits = [asyncio.ensure_future(x) for x in (_answered(ask, events), _left(request))]
