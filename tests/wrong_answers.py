@@ -668,3 +668,35 @@ WRONG["37_reward"] = {
     "check_close_count": [("1: .5", "1: .4"),
                           ("abs(int(text) - int(truth))", "int(text) - int(truth)")],
 }
+
+WRONG["43_labelling"] = {
+    "check_answers_left": ["answers_left = 699_999", "answers_left = 999_999",
+                           "answers_left = 1_000_000"],
+    "check_kept": [
+        ("found = right[np.argsort(-scores)]", "found = right"),
+        ("-scores", "scores"),
+        ("fine[-1] + 1", "len(fine)"),
+        ("fine[-1]", "fine[0]"),
+    ],
+    "check_save": [
+        ('f".{path.name}"', 'f"{path.name}.aside"'),
+        ("    os.replace(aside, path)", "    path.write_text(aside.read_text())"),
+        """\
+def save(path, rows):
+    path.write_text("".join(json.dumps(row) + "\\n" for row in rows))
+""",
+        """\
+def save(path, rows):
+    path.unlink(missing_ok=True)
+    aside = path.with_name(f".{path.name}")
+    aside.write_text("".join(json.dumps(row) + "\\n" for row in rows))
+    os.replace(aside, path)
+""",
+    ],
+    "check_seconds_lost": ["seconds_lost = 128", "seconds_lost = 2", "seconds_lost = 1.6"],
+    "check_waiting": [
+        ("places(lengths, size)", "(len(lengths) * max(lengths))"),
+        ("1 - sum", "sum"),
+        ("places(lengths, size)", "places(lengths)"),
+    ],
+}
