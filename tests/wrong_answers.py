@@ -700,3 +700,27 @@ def save(path, rows):
         ("places(lengths, size)", "places(lengths)"),
     ],
 }
+
+WRONG["44_serving"] = {
+    "check_mean_wait": ["mean_wait = 1.3", "mean_wait = 2.6", "mean_wait = 3.4"],
+    "check_open_small": [
+        ("image.width * image.height > most", "max(image.size) > most"),
+        ("image.width * image.height > most", "len(data) > most"),
+        ("image.width * image.height > most", "image.width * image.height >= most"),
+        ("to_rgb(image)", "image"),
+    ],
+    "check_events": ["events_sent = 1", "events_sent = 2", "events_sent = 3"],
+    "check_text_of": [
+        ("choice for chunk in chunks for choice in chunk[\"choices\"]",
+         "chunk[\"choices\"][0] for chunk in chunks"),
+        ('.get("content", "")', '["content"]'),
+        ('"".join', '" ".join'),
+        ("[line.removeprefix(\"data: \") for line in raw.splitlines() if line]",
+         "raw.split(\"data: \")[1:]"),
+    ],
+    "check_most_served": [
+        ("most / (.9 + .1 * most)", "most"),
+        ("most / (.9", "1 / (.9"),
+        ("most / (.9 + .1 * most)", "1 / (.9 + .1)"),
+    ],
+}
