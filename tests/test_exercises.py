@@ -36,7 +36,7 @@ def test_things_to_do_are_whole(path):
 def test_run_all_runs_all(path):
     code = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
     assert not [source for source in code if re.search(r"^#\s*\|\s*eval:", source, re.M)]
-    assert not [source for source in code if "nbdev_export" in source]
+    assert not [source for source in code if "nbdev.nbdev_export()" in source]
 
 
 def test_there_is_plenty_to_do():

@@ -622,6 +622,55 @@ def old_rows(batch_size, share, steps):
     ],
 }
 
+WRONG["45_scale"] = {
+    "check_ten_tokens": ["ten_tokens = 3.", "ten_tokens = (9 * 4 + 1 * 2) / 10",
+                         "ten_tokens = 22"],
+    "check_clipped": [
+        (".clamp(min=1)", ""),
+        ("mean(dim=0)", "sum(dim=0)"),
+        ("gradients.mean(dim=0)", "(gradients / gradients.norm(dim=1, keepdim=True)).mean(0)"),
+    ],
+    "check_length": [
+        "def length(shares): return sum(share.norm() for share in shares)",
+        ("for share in shares)", "for share in shares) / len(shares)"),
+        ("(share ** 2).sum()", "(share ** 2).mean()"),
+        (" ** .5", ""),
+    ],
+    "check_gigabytes": ["gigabytes = 2.92 * 4", "gigabytes = 2.92 * 16",
+                        "gigabytes = 2.92 * 20"],
+    "check_cards": [
+        ('"FSDP"', '"data parallel"'),
+        ('"FSDP"', '"LoRA, FSDP"'),
+        ("(1, 2, 4, 8, 16, 32, 64)", "(1, 8, 64)"),
+        """\
+def cards(config, gigabytes):
+    return -(-bytes_a_process(config, "FSDP", 1).total // (1e9 * gigabytes))
+""",
+    ],
+}
+
+WRONG["47_practice"] = {
+    "check_lines_kept": ["lines_kept = 4", "lines_kept = 5", "lines_kept = 7"],
+    "check_unfinished": [
+        "def unfinished(source): return marked(source)",
+        ("if is_stub", "if not is_stub"),
+        ("is_stub(source, name)", '"NotImplementedError" in source'),
+    ],
+    "check_holds": [
+        ("except Exception: return False",
+         "except (AssertionError, NotImplementedError): return False"),
+        ("    return True", "        return True"),
+        """\
+def holds(source, tests):
+    exec(source, names := {})
+    try: exec(tests[0], names)
+    except Exception: return False
+    return True
+""",
+    ],
+    "check_say_so": ["say_so = 1", "say_so = 3", "say_so = 4"],
+}
+
 WRONG["48_command"] = {
     "check_flags": [
         'flags = {"nosample": True}, {"notable": True}',
