@@ -327,7 +327,7 @@ class OnnxGraphs:
 class OnnxModel(OnnxGraphs):
     """An exported model that answers like the one it was made of: `generate`, `stream` and
     `opening.answer` take it."""
-    device, dtype = torch.device("cpu"), torch.float32  # of inputs and outputs
+    device, dtype = torch.device("cpu"), torch.float32  # what generate makes its cache of
 
     def get_image_features(self, pixel_values: Tensor, # [images, 3, s, s], in [-1, 1]
     ) -> Tensor: # [images, n, c], to stand in the decoder's sequence
