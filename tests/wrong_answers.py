@@ -649,6 +649,46 @@ def cards(config, gigabytes):
     ],
 }
 
+WRONG["46_export"] = {
+    "check_counting": ["numbers = [3, 4, 5]", "numbers = [1, 2, 3]", "numbers = [1, 1, 1]"],
+    "check_remembering": [
+        ("        calls = calls + 1\n", ""),
+        ("return x * calls, calls", "return x * calls, calls + 1"),
+        ("        calls = calls + 1\n        return x * calls, calls",
+         "        return x * (calls + 1), calls"),
+    ],
+    "check_greedy": [
+        ("embed(torch.tensor([[ids[-1]]]))",
+         "torch.cat((embeds, embed(torch.tensor([[ids[-1]]]))), dim=1)"),
+        """\
+def greedy(decoder, embed, embeds, count):
+    past, ids = {f"{i}": torch.zeros(1, 1, 0, 48) for i in range(8)}, []
+    for _ in range(count):
+        logits, *_ = decoder(embeds, torch.ones(embeds.shape[:2]), past, torch.tensor(1))
+        ids.append(logits[0, -1].argmax().item())
+        embeds = embed(torch.tensor([[ids[-1]]]))
+    return ids
+""",
+    ],
+    "check_bytes_of_graphs": [
+        ("2 * table + rest", "table + rest"),
+        ("return 2 *", "return 4 *"),
+        ("2 * table + rest", "2 * (table + rest)"),
+    ],
+    "check_loop": [
+        ("[ids[-1:]]", "[ids]"),
+        ("embeds = graphs.run(\"embed_tokens\", input_ids=torch.tensor([ids[-1:]]))",
+         "_ = graphs.run(\"embed_tokens\", input_ids=torch.tensor([ids[-1:]]))"),
+        ("input_ids=torch.tensor([ids[-1:]])", "input_ids=torch.tensor([[n]])"),
+    ],
+    "check_order": ["other_order = -1", "other_order = 1e8", "other_order = 0.5"],
+    "check_undecided": [
+        ("2 * error", "error"),
+        ("2 * error", "4 * error"),
+        ("second < 2", "second > 2"),
+    ],
+}
+
 WRONG["47_practice"] = {
     "check_lines_kept": ["lines_kept = 4", "lines_kept = 5", "lines_kept = 7"],
     "check_unfinished": [
