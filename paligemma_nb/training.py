@@ -306,7 +306,7 @@ def run_steps(
     save_every: int,        # steps
     evaluate_every: int,    # steps; saves as well
     is_done: Callable = lambda history: False, # stop early? Asked at each save
-    learn: Callable = train_step, # takes what train_step takes, returns the loss
+    learn: Callable | None = None, # what stands for train_step
 ) -> list[dict]: # history: at each save mean loss and seconds, at each evaluation also marks
     "Raises ValueError if the folder holds a run of another recipe or model."
     if min(save_every, evaluate_every) < 1:
@@ -318,7 +318,7 @@ def run_steps(
     losses, started = [], time.perf_counter()
     bar = tqdm(range(first, last), initial=first, total=last, desc="train")
     for step, batch in zip(bar, batches(first)):
-        losses.append(learn(model, optimizers, batch, recipe, step))
+        losses.append((learn or train_step)(model, optimizers, batch, recipe, step))
         if (done := step + 1) % save_every and done % evaluate_every and done < last: continue
         seconds = time.perf_counter() - started
         row = dict(step=done, loss=float(np.mean(losses)), seconds=seconds)

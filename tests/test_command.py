@@ -211,7 +211,7 @@ def test_modules_are_imported_when_they_are_called():
     script = """if True:
         import sys
         from paligemma_nb.command import run
-        commands = {None: lambda: None, "later": "training:measure", "wrong": "none:none"}
+        commands = {None: lambda: None, "later": "tasks:measure", "wrong": "none:none"}
         assert run(commands, []) == 0 and "torch" not in sys.modules
         assert run(commands, ["wrong"]) == 2 and "torch" not in sys.modules
         assert run(commands, ["later", "--help"]) == 0 and "torch" in sys.modules"""
