@@ -29,7 +29,8 @@ def copy_libraries(built: Path, tmp: Path) -> None:
     npm = shutil.which("npm")
     if not npm: sys.exit("npm is missing: install Node.js, 18 or newer")
     for name in FROM_LOCK: shutil.copy(SOURCE/name, tmp)
-    command = [npm, "ci", "--ignore-scripts", "--prefer-offline", "--no-audit", "--no-fund"]
+    command = [npm, "ci", "--ignore-scripts", "--prefer-offline", "--no-audit", "--no-fund",
+               "--fetch-timeout=60000", "--fetch-retries=1"]
     done = subprocess.run(command, cwd=tmp, capture_output=True, text=True)
     if done.returncode: sys.exit(f"npm could not install its packages:\n{done.stderr}")
     for file in FROM_NPM: shutil.copy(tmp/"node_modules"/file, built)

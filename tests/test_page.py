@@ -54,6 +54,7 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")/"scene"
     done = subprocess.run([sys.executable, ROOT/".ci"/"scene.py", folder], text=True,
                           capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    if "npm" in done.stderr: need(done.returncode == 0, f"what npm fetches ({done.stderr})")
     assert done.returncode == 0, done.stderr
     handler = functools.partial(Quiet, directory=folder.parent)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
