@@ -105,7 +105,7 @@ def explain(
     text = " ".join(str(error).split())
     if isinstance(error, AssertionError):
         text = f"this does not hold: {line.strip()}" + f" ({text[:200]})" * bool(text)
-    elif isinstance(error, NameError): text += ", for a cell above has not come so far"
+    elif type(error) is NameError: text += ", for a cell above has not come so far"
     elif not isinstance(error, NotImplementedError): text = f"{type(error).__name__}: {text}"
     return f"not yet: {text}"
 
@@ -113,7 +113,8 @@ def explain(
 def _say(shell, kind, error, trace, tb_offset=None):
     frames = [f for f in traceback.extract_tb(trace) if "interactiveshell" not in f.filename]
     print(explain(error, frames[0].line or ""))  # of the cell itself; what it calls follows
-    if not isinstance(error, (AssertionError, NameError, NotImplementedError)):
+    expected = isinstance(error, (AssertionError, NotImplementedError))
+    if not expected and type(error) is not NameError:  # a mistake of one's own
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
 
 # %% ../nbs/47_practice.ipynb #pt000007
