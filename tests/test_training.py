@@ -533,12 +533,13 @@ def test_the_commands_are_the_functions(monkeypatch, capsys):
     called = []
     def measured(model_path: str | None = None, num_scenes: int = 1, first_seed: int = 2):
         called.append((model_path, num_scenes, first_seed))
-    def trained(output_path: str = "runs/tiny"): called.append(output_path)
+    def trained(output_path: str = "runs/tiny", model_path: str | None = None):
+        called.append((output_path, model_path))
     monkeypatch.setattr(finetuning, "measure", measured)
     monkeypatch.setattr(training, "train_tiny", trained)
     assert inference.main(["evaluate", "--num_scenes=7"]) == 0
     assert inference.main(["train", "--output-path", "7"]) == 0
-    assert called == [(None, 7, HELD_OUT), "7"]
+    assert called == [(None, 7, HELD_OUT), ("7", None)]
 
 
 def test_a_batch_in_parts_is_the_whole_batch(shipped):
