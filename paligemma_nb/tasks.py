@@ -263,7 +263,8 @@ def model_card(model, processor, stages: tuple, history: list[dict],
     cells = ((a.seed, a.example.prompt, a.example.suffix, a.text) for a in shown)
     rows = [f"| {' | '.join(str(cell) or 'nothing' for cell in row)} |" for row in cells]
     minutes = sum(row["seconds"] for row in history) / 60
-    machines = dict.fromkeys(row["machine"] for row in history if "machine" in row)
+    machines = dict.fromkeys(row.get("machine", "a machine that was not noted")
+                             for row in history if "marks" in row)
     return "\n".join([f"""# Tiny PaliGemma
 
 A PaliGemma of {sum(p.numel() for p in model.parameters()):,} parameters in the published file

@@ -468,7 +468,8 @@ def test_what_is_saved_says_how_it_was_examined(tmp_path, shipped, monkeypatch):
     failed = [Marked(seed, example, "3", [], dict(right=0.)) for seed in range(40)]
     monkeypatch.setattr(training, "evaluate",
                         lambda *a: asked.append(a[2:]) or (marks, failed))
-    rows = [dict(step=1, loss=1, seconds=60, machine="a lamp")]
+    rows = [dict(step=1, loss=1, seconds=30, marks={}),  # before machines were noted
+            dict(step=2, loss=1, seconds=30, marks={}, machine="a lamp")]
     save_trained(tmp_path, *shipped, [Recipe()], rows, num_scenes=9)
     results = json.loads((tmp_path / "results.json").read_text())
     assert asked == [(9,)] and (results["num_scenes"], results["first_seed"]) == (9, HELD_OUT)
@@ -476,7 +477,8 @@ def test_what_is_saved_says_how_it_was_examined(tmp_path, shipped, monkeypatch):
     history = json.loads((tmp_path / "history.json").read_text())
     assert [Recipe(**recipe) for recipe in history["stages"]] == [Recipe()]
     card = (tmp_path / "README.md").read_text()
-    assert "| count | 40 | 0.250 |" in card and "1 minutes; a lamp." in card
+    assert "| count | 40 | 0.250 |" in card
+    assert "1 minutes; a machine that was not noted, then a lamp." in card
     shown = [line.split()[1] for line in card.splitlines() if line.endswith("| p | 2 | 3 |")]
     assert shown == [str(seed) for seed in range(0, 40, 4)]  # spread over the failures
 
