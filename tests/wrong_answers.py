@@ -622,6 +622,71 @@ def old_rows(batch_size, share, steps):
     ],
 }
 
+WRONG["37_reward"] = {
+    "check_leave_one_out": [("(n - 1)", "n"), ("r - (r.sum", "(r.sum"), ("axis=1", "axis=0")],
+    "check_worth": ["def worth(ratio, advantage): return ratio * advantage",
+                    ("torch.min", "torch.max"), ("clamp(.8, 1.2)", "clamp(.8)")],
+    "check_no_news": ["advantage = 1.", "advantage = 1 / 8"],
+    "check_close_count": [("1: .5", "1: .4"),
+                          ("abs(int(text) - int(truth))", "int(text) - int(truth)")],
+}
+
+WRONG["43_labelling"] = {
+    "check_answers_left": ["answers_left = 699_999", "answers_left = 999_999",
+                           "answers_left = 1_000_000"],
+    "check_kept": [
+        ("found = right[np.argsort(-scores)]", "found = right"),
+        ("-scores", "scores"),
+        ("fine[-1] + 1", "len(fine)"),
+        ("fine[-1]", "fine[0]"),
+    ],
+    "check_save": [
+        ('f".{path.name}"', 'f"{path.name}.aside"'),
+        ("    os.replace(aside, path)", "    path.write_text(aside.read_text())"),
+        """\
+def save(path, rows):
+    path.write_text("".join(json.dumps(row) + "\\n" for row in rows))
+""",
+        """\
+def save(path, rows):
+    path.unlink(missing_ok=True)
+    aside = path.with_name(f".{path.name}")
+    aside.write_text("".join(json.dumps(row) + "\\n" for row in rows))
+    os.replace(aside, path)
+""",
+    ],
+    "check_seconds_lost": ["seconds_lost = 128", "seconds_lost = 2", "seconds_lost = 1.6"],
+    "check_waiting": [
+        ("places(lengths, size)", "(len(lengths) * max(lengths))"),
+        ("1 - sum", "sum"),
+        ("places(lengths, size)", "places(lengths)"),
+    ],
+}
+
+WRONG["44_serving"] = {
+    "check_mean_wait": ["mean_wait = 1.3", "mean_wait = 2.6", "mean_wait = 3.4"],
+    "check_open_small": [
+        ("image.width * image.height > most", "max(image.size) > most"),
+        ("image.width * image.height > most", "len(data) > most"),
+        ("image.width * image.height > most", "image.width * image.height >= most"),
+        ("to_rgb(image)", "image"),
+    ],
+    "check_events": ["events_sent = 1", "events_sent = 2", "events_sent = 3"],
+    "check_text_of": [
+        ("choice for chunk in chunks for choice in chunk[\"choices\"]",
+         "chunk[\"choices\"][0] for chunk in chunks"),
+        ('.get("content", "")', '["content"]'),
+        ('"".join', '" ".join'),
+        ("[line.removeprefix(\"data: \") for line in raw.splitlines() if line]",
+         "raw.split(\"data: \")[1:]"),
+    ],
+    "check_most_served": [
+        ("most / (.9 + .1 * most)", "most"),
+        ("most / (.9", "1 / (.9"),
+        ("most / (.9 + .1 * most)", "1 / (.9 + .1)"),
+    ],
+}
+
 WRONG["45_scale"] = {
     "check_ten_tokens": ["ten_tokens = 3.", "ten_tokens = (9 * 4 + 1 * 2) / 10",
                          "ten_tokens = 22"],
@@ -746,70 +811,5 @@ WRONG["49_inference"] = {
     "check_mask_of": [
         (".reshape(width, height).T", ".reshape(height, width)"),
         ("% 2 == 1", "% 2 == 0"),
-    ],
-}
-
-WRONG["37_reward"] = {
-    "check_leave_one_out": [("(n - 1)", "n"), ("r - (r.sum", "(r.sum"), ("axis=1", "axis=0")],
-    "check_worth": ["def worth(ratio, advantage): return ratio * advantage",
-                    ("torch.min", "torch.max"), ("clamp(.8, 1.2)", "clamp(.8)")],
-    "check_no_news": ["advantage = 1.", "advantage = 1 / 8"],
-    "check_close_count": [("1: .5", "1: .4"),
-                          ("abs(int(text) - int(truth))", "int(text) - int(truth)")],
-}
-
-WRONG["43_labelling"] = {
-    "check_answers_left": ["answers_left = 699_999", "answers_left = 999_999",
-                           "answers_left = 1_000_000"],
-    "check_kept": [
-        ("found = right[np.argsort(-scores)]", "found = right"),
-        ("-scores", "scores"),
-        ("fine[-1] + 1", "len(fine)"),
-        ("fine[-1]", "fine[0]"),
-    ],
-    "check_save": [
-        ('f".{path.name}"', 'f"{path.name}.aside"'),
-        ("    os.replace(aside, path)", "    path.write_text(aside.read_text())"),
-        """\
-def save(path, rows):
-    path.write_text("".join(json.dumps(row) + "\\n" for row in rows))
-""",
-        """\
-def save(path, rows):
-    path.unlink(missing_ok=True)
-    aside = path.with_name(f".{path.name}")
-    aside.write_text("".join(json.dumps(row) + "\\n" for row in rows))
-    os.replace(aside, path)
-""",
-    ],
-    "check_seconds_lost": ["seconds_lost = 128", "seconds_lost = 2", "seconds_lost = 1.6"],
-    "check_waiting": [
-        ("places(lengths, size)", "(len(lengths) * max(lengths))"),
-        ("1 - sum", "sum"),
-        ("places(lengths, size)", "places(lengths)"),
-    ],
-}
-
-WRONG["44_serving"] = {
-    "check_mean_wait": ["mean_wait = 1.3", "mean_wait = 2.6", "mean_wait = 3.4"],
-    "check_open_small": [
-        ("image.width * image.height > most", "max(image.size) > most"),
-        ("image.width * image.height > most", "len(data) > most"),
-        ("image.width * image.height > most", "image.width * image.height >= most"),
-        ("to_rgb(image)", "image"),
-    ],
-    "check_events": ["events_sent = 1", "events_sent = 2", "events_sent = 3"],
-    "check_text_of": [
-        ("choice for chunk in chunks for choice in chunk[\"choices\"]",
-         "chunk[\"choices\"][0] for chunk in chunks"),
-        ('.get("content", "")', '["content"]'),
-        ('"".join', '" ".join'),
-        ("[line.removeprefix(\"data: \") for line in raw.splitlines() if line]",
-         "raw.split(\"data: \")[1:]"),
-    ],
-    "check_most_served": [
-        ("most / (.9 + .1 * most)", "most"),
-        ("most / (.9", "1 / (.9"),
-        ("most / (.9 + .1 * most)", "1 / (.9 + .1)"),
     ],
 }
