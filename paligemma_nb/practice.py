@@ -177,7 +177,8 @@ put_version_in_init = False
 """
 _BEGIN = ("# Yours to write: all that raises NotImplementedError. The tasks stand above, with hints;\n"
           "# solved they are in another folder: paligemma-nb practice FOLDER --edition read.\n"
-          "# A cell that fails says so in a line, and Run All goes on.\n"
+          "# A cell that fails says so in a line, and Run All goes on. Names are used more than\n"
+          "# once: after going back to a cell, run all again.\n"
           "from paligemma_nb.practice import go_on; go_on()")
 
 # %% ../nbs/47_practice.ipynb #pt000011
@@ -280,8 +281,9 @@ _ANSWER = """
 from {0} import generate, load_model
 from {0}.inference import SAMPLE, open_picture
 model, processor = load_model()
-inputs = processor([open_picture(SAMPLE)], ["caption en"])
-print(processor.decode(generate(model, inputs, max_new_tokens=40))[0])
+prompts = "caption en", "answer en how many objects are there?"  # one of them is padded
+inputs = processor([open_picture(SAMPLE)] * 2, [*prompts])
+print(*processor.decode(generate(model, inputs, max_new_tokens=40)), sep=" / ")
 print(type(model).__module__)
 """
 
