@@ -125,15 +125,16 @@ def _apart(trace): # of large arrays that a test of fastcore has compared
     import numpy as np
     *_, (frame, _) = traceback.walk_tb(trace)
     a, b = map(frame.f_locals.get, "ab")
-    if frame.f_globals.get("__name__") != "fastcore.test" or np.size(a) < 9: return ""
-    try: return f"largest difference {np.abs(np.subtract(a, b)).max():.2g}"
-    except (TypeError, ValueError): return ""  # of different shapes
+    if frame.f_globals.get("__name__") != "fastcore.test": return ""
+    apart = np.abs(np.asarray(a) - np.asarray(b))  # raises for what cannot be subtracted
+    return f"largest difference {apart.max():.2g}" if apart.size > 8 else ""
 
 # %% ../nbs/47_practice.ipynb #pr000034
 def _say(shell, kind, error, trace, tb_offset=None):
     frames = [f for f in traceback.extract_tb(trace) if "interactiveshell" not in f.filename]
     line = frames[0].line or ""  # of the cell itself; what it calls follows
-    about = _apart(trace) if str(error) else _values(line, shell.user_ns)
+    try: about = _apart(trace) if str(error) else _values(line, shell.user_ns)
+    except Exception: about = ""  # then the line must do: IPython drops a handler that fails
     print(explain(error, line, about))
     expected = isinstance(error, (AssertionError, NotImplementedError))
     if not expected and type(error) is not NameError:  # a mistake of one's own
@@ -175,11 +176,13 @@ user = me
 author = me
 put_version_in_init = False
 """
-_BEGIN = ("# Yours to write: all that raises NotImplementedError. The tasks stand above, with hints;\n"
-          "# solved they are in another folder: paligemma-nb practice FOLDER --edition read.\n"
-          "# A cell that fails says so in a line, and Run All goes on. Names are used more than\n"
-          "# once: after going back to a cell, run all again.\n"
-          "from paligemma_nb.practice import go_on; go_on()")
+_BEGIN = """\
+# Yours to write: all that raises NotImplementedError. The task stands above it, with hints;
+# solved, it is in another folder: paligemma-nb practice FOLDER --edition read. A cell that
+# fails says so in a line, and Run All goes on. Names are used more than once: after going back
+# to a cell, run all again. An import or a helper that you add needs a cell that begins with
+# `#| export`. And then, in a terminal: paligemma-nb mine FOLDER
+from paligemma_nb.practice import go_on; go_on()"""
 
 # %% ../nbs/47_practice.ipynb #pt000011
 def _for_edition(notebook, edition):
@@ -280,10 +283,12 @@ def collect(
 _ANSWER = """
 from {0} import generate, load_model
 from {0}.inference import SAMPLE, open_picture
-model, processor = load_model()
-prompts = "caption en", "answer en how many objects are there?"  # one of them is padded
-inputs = processor([open_picture(SAMPLE)] * 2, [*prompts])
-print(*processor.decode(generate(model, inputs, max_new_tokens=40)), sep=" / ")
+prompts, texts = ["caption en", "answer en how many objects are there?"], []
+for dtype in "float32", "bfloat16":
+    model, processor = load_model(dtype=dtype)
+    inputs = processor([open_picture(SAMPLE)] * 2, prompts)
+    texts += processor.decode(generate(model, inputs, max_new_tokens=40))
+print(*dict.fromkeys(texts), sep=" / ")
 print(type(model).__module__)
 """
 
@@ -295,20 +300,24 @@ def _answer(package, folder): # what a package's model says; its module
     if done.returncode == 0: return done.stdout.splitlines()[-2:]
     where = re.findall(rf'({package}/\w+\.py)", (line \d+)', done.stderr)[-1:]
     place = "".join(f" ({file}, {line})" for file, line in where)
-    return f"not yet: {_last_line(done.stderr)}{place}", None
+    said = _last_line(done.stderr)
+    if said.startswith("NameError"): place += ": its cell must begin with `#| export`"
+    return f"not yet: {said}{place}", None
 
 # %% ../nbs/47_practice.ipynb #pr000068
 def show_mine(
     folder: str, # that the command practice has written
 ) -> int: # 0, or 1 if your model does not answer as the course's does
     """Makes the package my_paligemma of what you wrote in the folder, opens the shipped
-    weights with it and asks a question. What is still a stub is the course's and is listed."""
+    weights with it and asks questions. What is still a stub is the course's and is listed."""
     states = collect(folder)
     left = [f"{lesson}: {', '.join(name for name in names if not names[name])}"
             for lesson, names in states.items() if not all(names.values())]
     if left: print("\n    ".join(["still stubs, so the course's own:", *left]))
     yours = sum(sum(names.values()) for names in states.values())
-    print(f"yours: {yours} of the {sum(map(len, states.values()))} functions to write")
+    whole = ", ".join(lesson for lesson, names in states.items() if all(names.values()))
+    print(f"yours: {yours} of the {sum(map(len, states.values()))} functions to write"
+          + f", and all of {whole}" * bool(whole))
     answer, module = _answer("my_paligemma", folder)
     expected, _ = _answer("paligemma_nb", folder)
     if module is None: print(answer)

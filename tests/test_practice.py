@@ -213,6 +213,19 @@ def test_a_cell_that_cannot_be_used_is_named(fresh, capsys, edit, says):
     assert not (fresh/"my_paligemma").exists()
 
 
+def test_whole_lessons_and_cells_without_export_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(practice, "_ANSWER", "oops")
+    said, module = practice._answer("my_paligemma", tmp_path)
+    assert module is None
+    assert said.endswith("name 'oops' is not defined: its cell must begin with `#| export`")
+    states = {"03_rope": dict(a=True), "05_gemma": dict(b=True, c=False)}
+    monkeypatch.setattr(practice, "collect", lambda folder: states)
+    monkeypatch.setattr(practice, "_answer", lambda *_: ("a ring", "mine"))
+    assert practice.show_mine("x") == 0
+    out = capsys.readouterr().out
+    assert "yours: 2 of the 3 functions to write, and all of 03_rope\n" in out
+
+
 def test_another_folder_is_refused(tmp_path, capsys):
     assert main(["mine", str(tmp_path)]) == 2
     assert "expected a folder of `paligemma-nb practice`" in capsys.readouterr().err
