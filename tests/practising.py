@@ -44,7 +44,8 @@ def at_top(tree): # the syntax nodes of a cell that do not stand in a scope of t
 
 
 def brief(source): # with two steps of a training: no stub is tried on what it has learned
-    return re.sub(r"in range\(\d+\)", "in range(2)", source) if ".backward()" in source else source
+    if ".backward()" not in source: return source
+    return re.sub(r"in range\(\d+\)", "in range(2)", source)
 
 
 def names_in(node): return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
