@@ -2,6 +2,7 @@
 and what was written becomes a package. How a cell becomes a stub is tested in its lesson, 47;
 that every practice notebook runs to its end is a long proof."""
 import ast
+import functools
 import json
 import os
 import re
@@ -164,6 +165,17 @@ def solve(folder, lesson, name, *edits):
 def fresh(course, tmp_path): return Path(shutil.copytree(course, tmp_path/"mine"))
 
 
+@functools.cache
+def reference(ask): return ask("paligemma_nb", ROOT)
+
+
+@pytest.fixture
+def asked_once(monkeypatch): # the course's own model says the same each time
+    ask = practice._answer
+    monkeypatch.setattr(practice, "_answer", lambda package, folder: (
+        reference(ask) if package == "paligemma_nb" else ask(package, folder)))
+
+
 def test_an_untouched_folder_makes_the_package_itself(fresh):
     states = practice.collect(fresh)
     assert {lesson: set(names) for lesson, names in states.items()} == {
@@ -176,7 +188,7 @@ def test_an_untouched_folder_makes_the_package_itself(fresh):
     assert modules(fresh/"my_paligemma") == modules(ROOT/"paligemma_nb")
 
 
-def test_your_parts_are_used_and_the_rest_is_the_courses(fresh, capsys):
+def test_your_parts_are_used_and_the_rest_is_the_courses(fresh, capsys, asked_once):
     solve(fresh, "03_rope", "rotate_half")
     solve(fresh, "05_gemma", "GemmaDecoderLayer.add", ("x + mixed", "mixed + x  # mine"))
     change(fresh, "03_rope", "rotate_half", lambda source: source + "\n\ndef helper(): ...")
@@ -190,7 +202,7 @@ def test_your_parts_are_used_and_the_rest_is_the_courses(fresh, capsys):
     assert "def helper()" in (fresh/"my_paligemma"/"rope.py").read_text()
 
 
-def test_a_wrong_part_and_one_that_raises_are_told(fresh, capsys):
+def test_a_wrong_part_and_one_that_raises_are_told(fresh, capsys, asked_once):
     solve(fresh, "03_rope", "rotate_half", ("-second, first", "second, first"))
     assert main(["mine", str(fresh)]) == 1
     assert re.search("^not yet: my_paligemma.paligemma says '.*', expected 'a ",
