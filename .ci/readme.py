@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import published
 from nbconvert import MarkdownExporter
 
 root = Path(__file__).resolve().parents[1]
@@ -25,6 +26,11 @@ def render() -> dict[Path, bytes]:
     text, resources = MarkdownExporter().from_notebook_node(nb, resources=resources)
     text = re.sub(r"!\[\w*\](?=\(nbs/images/README_(\d+)_)",
                   lambda picture: f"![{about[picture[1]]}]", text)
+    page = f"{published.site()}/nbs/scene/" if published.is_on() else "nbs/scene"
+    text = text.replace("](nbs/scene/index.html)", f"]({page})")  # alive on the site alone
+    if published.is_on():
+        title, _, rest = text.partition("\n\n")
+        text = f"{title}\n\n{published.badges()}\n\n{rest}"
     pages = {root/"README.md": text.strip().encode() + b"\n"}
     # a picture is there in two formats, of which the page shows one
     pictures = resources["outputs"].items()

@@ -8,6 +8,7 @@ import inspect
 import io
 import re
 import tokenize
+from functools import cache
 from pathlib import Path
 
 from IPython.display import Markdown
@@ -18,12 +19,17 @@ PACKAGE = Path(__file__).resolve().parents[1]/"paligemma_nb"
 Row = tuple[str, str, str, str] # name, type, default, what the comment says
 
 
+@cache
+def modules() -> list[tuple[Path, str, ast.Module]]: # with their source, and it parsed
+    files = [(path, path.read_text(encoding="utf-8")) for path in PACKAGE.glob("[a-z]*.py")]
+    return [(path, source, ast.parse(source)) for path, source in sorted(files)]
+
+
 def find(name: str, said: str | None) -> tuple[str, str]: # its source in the package, a link
     "Two modules may have a name; the docstring tells which is meant."
     config = get_config()
-    for path in sorted(PACKAGE.glob("[a-z]*.py")):
-        source = path.read_text(encoding="utf-8")
-        for node in ast.parse(source).body:
+    for path, source, tree in modules():
+        for node in tree.body:
             if getattr(node, "name", "") != name or ast.get_docstring(node) != said: continue
             lines = source.splitlines()[node.lineno - 1:node.end_lineno]
             url = f"{config.git_url}/blob/{config.branch}/{path.parent.name}/{path.name}"

@@ -1,5 +1,6 @@
 "Packaging, scripts, the site's sources, and the rules that every notebook and module keeps."
 import ast
+import functools
 import importlib.util
 import json
 import os
@@ -30,6 +31,7 @@ SETTINGS = CONFIG["DEFAULT"]
 
 
 def each(paths): return pytest.mark.parametrize("path", paths, ids=lambda p: p.stem)
+@functools.cache # twenty tests look at each page; none changes what it reads
 def read(path): return nbformat.read(path, as_version=4)
 def code_cells(nb): return [c for c in nb.cells if c.cell_type == "code" and c.source.strip()]
 def prose_cells(nb): return [c for c in nb.cells if c.cell_type == "markdown"]
@@ -286,11 +288,13 @@ def test_site_lists_every_page_in_order():
     site = yaml.safe_load((ROOT/"_quarto.yml").read_text())
     patterns = site["project"]["render"]
     render = [page for pattern in patterns for page in sorted(ROOT.glob(pattern))]
-    pages = [*listed(site["website"]["sidebar"]["contents"])]
+    *pages, names = listed(site["website"]["sidebar"]["contents"])
     assert render == PAGES and [ROOT/page for page, _ in pages] == PAGES
+    assert patterns[-1] == names[0] == "names.qmd"  # .ci/docs.py writes it
     for page, text in pages:  # a lesson's number stands before its name
         if number := re.match(r"nbs/(\d\d)_", page): assert text.startswith(number[1] + " ")
-    assert all((ROOT/link["href"]).exists() for link in site["website"]["navbar"]["left"])
+    bar = {link["href"] for link in site["website"]["navbar"]["left"]} - {"names.qmd"}
+    assert "nbs/scene/index.html" in bar and all((ROOT/link).exists() for link in bar)
 
 
 def test_site_reads_well():
@@ -305,10 +309,12 @@ def test_site_reads_well():
     assert page["html-math-method"] == "mathml"
     style = (ROOT/light[1]).read_text()
     assert "$web-font-path: false" in style and "://" not in style
-    assert "quarto-dark" in style and "overflow-x: auto" in style
+    for word in ("quarto-dark", "overflow-x: auto", "overflow-wrap: anywhere", "min-width: 0"):
+        assert word in style  # dark; and nothing is wider than a phone
     for picture in (web["favicon"], web["image"]): assert (ROOT/picture).is_file()
     assert web["navbar"]["right"][0]["href"] == SETTINGS["git_url"] and web["page-footer"]
     assert (ROOT/".github"/"CONTRIBUTING.md").is_file()
+    assert SETTINGS["readme_nb"] == "README.md"  # so nbdev_docs leaves it as it is
     version = SETTINGS["version"]
     assert f"\n## {version} " in (ROOT/"CHANGELOG.md").read_text()
     assert yaml.safe_load((ROOT/"CITATION.cff").read_text())["version"] == version
@@ -317,16 +323,111 @@ def test_site_reads_well():
 def ci(name):
     "A module of .ci"
     spec = importlib.util.spec_from_file_location(f"ci_{name}", ROOT/".ci"/f"{name}.py")
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    sys.path.insert(0, str(ROOT/".ci"))  # modules there import each other
+    try: spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    finally: sys.path.remove(str(ROOT/".ci"))
     return module
 
 
 def test_what_the_site_gets_besides_the_pages(tmp_path):
     "A page for wrong addresses, and a list of the lessons for machines"
     ci("docs").add(tmp_path)
-    listed = (tmp_path/"llms.txt").read_text()
-    assert all(f"/nbs/{page.stem}.html): " in listed for page in PAGES[1:])
-    assert f'href="{SETTINGS["doc_baseurl"]}/"' in (tmp_path/"404.html").read_text()
+    base = SETTINGS["doc_baseurl"]
+    assert f'href="{base}/"' in (tmp_path/"404.html").read_text()
+    found = re.findall(r"\((\S+)\): ", (tmp_path/"llms.txt").read_text())
+    assert [link.removeprefix(SETTINGS["doc_host"] + base + "/") for link in found] == [
+        *(f"nbs/{address(page)}" for page in LESSONS), "names.html"]
+    live = re.findall(r'href="\.\./([^"]+)', (ROOT/"nbs"/"scene"/"index.html").read_text())
+    assert live and {*live} <= {*map(address, LESSONS)}
+
+
+def test_index_of_all_names():
+    "Each public name of each module once, with a line, where it is defined"
+    parts = re.split(r"^## (\d\d) · (\w+)$", ci("docs").all_names(), flags=re.M)
+    modules = [*zip(parts[1::3], parts[2::3], parts[3::3])]
+    assert [(number, name) for number, name, _ in modules] == [
+        (page.stem[:2], page.stem[3:]) for page in LESSONS]
+    for (_, name, text), page in zip(modules, LESSONS):
+        rows = re.findall(r"^\| \[`(\w+)`\]\((\S+?)(#\S+)?\) \| (\S.*) \|$", text, re.M)
+        public = importlib.import_module(f"paligemma_nb.{name}").__all__
+        assert sorted(row[0] for row in rows) == sorted(public)
+        defined = exported(read(page))
+        assert "<" not in re.sub(r"`[^`]*`|\\<", "", text)  # would be taken for a tag
+        for public, link, anchor, line in rows:
+            has_anchor = public in defined
+            assert ROOT/link == page and anchor == f"#{public.lower()}" * has_anchor, public
+
+
+# --- once the project is published
+
+@pytest.fixture
+def published(monkeypatch):
+    "The module, with `published` of settings.ini turned on"
+    module = ci("published")
+    assert module.SETTINGS["published"] == "False" and not module.is_on()
+    monkeypatch.setitem(module.SETTINGS, "published", "True")
+    monkeypatch.setitem(sys.modules, "published", module)
+    return module
+
+
+def test_nothing_leads_to_what_is_not_published():
+    page = (ROOT/"README.md").read_text()
+    for word in ("colab", "mybinder", "pypi", "shields.io", "pip install paligemma",
+                 SETTINGS["doc_host"]):
+        assert word not in page.lower(), word
+
+
+def test_one_setting_publishes(published, tmp_path):
+    "README has badges and links, the site's pages a line; Colab gets lessons that install"
+    readme = ci("readme").render()[ROOT/"README.md"].decode()
+    top = readme.partition("## ")[0]
+    for text in ("badge.svg", "pypi.org", "pip install paligemma-nb", "mybinder.org",
+                 f"]({published.site()})", f"]({published.site()}/nbs/scene/)"):
+        assert text in top, text
+    assert "/blob/colab/nbs/03_rope.ipynb)" in published.run_links("nbs/03_rope.ipynb")
+    assert "?labpath=nbs/03_rope.ipynb)" in published.run_links("nbs/03_rope.ipynb")
+    from execnb.nbio import read_nb
+    from nbdev.frontmatter import FrontmatterProc
+    from nbdev.process import NBProcessor
+    for path, line in ((PAGES[0], published.front()),
+                       (LESSONS[3], published.run_links("nbs/03_rope.ipynb"))):
+        nb = read_nb(path)
+        NBProcessor(nb=nb, procs=[FrontmatterProc, ci("pages").page]).process()
+        assert nb.cells[1].source == line
+    published.write_lessons(tmp_path)
+    lessons = sorted((tmp_path/"nbs").glob("*.ipynb"))
+    assert [path.name for path in lessons] == [path.name for path in LESSONS]
+    ours, theirs = read(LESSONS[3]).cells, read(lessons[3]).cells
+    assert theirs[1].source.startswith("import os") and [theirs[0], *theirs[2:]] == ours
+
+
+def test_lessons_install_the_course_in_colab_alone(published, monkeypatch, tmp_path):
+    code, asked = published.INSTALL.format(**SETTINGS), []
+
+    def asks(command, check):
+        asked.append(command)
+        if command[0] == "git": (tmp_path/"paligemma-nb"/"nbs").mkdir(parents=True)
+
+    monkeypatch.setattr(subprocess, "run", asks)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert not asked
+    monkeypatch.setitem(sys.modules, "google.colab", None)
+    exec(code, {})
+    assert asked[0][-1] == SETTINGS["git_url"] and asked[1][-1] == "..[course]"
+    (tmp_path/"paligemma-nb"/"settings.ini").touch()
+    exec(code, {})  # again: it is there
+    assert len(asked) == 2 and "course_requirements" in SETTINGS
+
+
+def test_front_page_says_how_to_get_it():
+    "What it is, the picture of it at work, three commands, before the first heading"
+    top = (ROOT/"README.md").read_text().partition("\n## ")[0]
+    commands = re.search(r"```sh\n(.+?)```", top, re.S)[1].splitlines()
+    assert len(commands) == 3 and commands[0].startswith(f"git clone {SETTINGS['git_url']} ")
+    assert "./launch_inference.sh" in commands[1] and commands[2].endswith("jupyter lab")
+    assert re.search(r"\[!\[.+\]\(nbs/images/scene.png\)\]\(nbs/scene\)", top)
+    assert all(f"**{path}.**" in top for path in ("Read", "Do", "Use"))
 
 
 def test_the_reference_shows_types_as_written():
@@ -363,11 +464,14 @@ from nbdev.processors import FilterDefaults
 pages = {}
 for path in sys.argv[2:]:
     try:
-        nb = read_nb(path)
+        nb, saved = read_nb(path), {c.get("id"): c.get("outputs") for c in read_nb(path).cells}
         FilterDefaults()(nb)
-        pages[path] = {"error": None, "source": "\\n".join(c.source for c in nb.cells)}
+        new = [c.id for c in nb.cells if c.get("outputs") != saved.get(c.get("id"))
+               and c.get("id") in saved]
+        source = "\\n".join(c.source for c in nb.cells)
+        pages[path] = {"error": None, "source": source, "new": new}
     except Exception as e:
-        pages[path] = {"error": f"{e}: {e.__cause__!r}", "source": ""}
+        pages[path] = {"error": f"{e}: {e.__cause__!r}", "source": "", "new": []}
 open(sys.argv[1], "w").write(json.dumps(pages))
 """
 
@@ -387,6 +491,7 @@ def site(tmp_path_factory):
 def test_page_is_processed_and_shows_the_code(path, site):
     page = site[str(path)]
     assert page["error"] is None
+    assert page["new"] == [], "outputs that are not the notebook's own"
     source = page["source"]
     assert source.startswith("---\n") and "title:" in source and "description:" in source
     missing = [name for name in exported(read(path))
@@ -394,6 +499,20 @@ def test_page_is_processed_and_shows_the_code(path, site):
     assert not missing
     left = re.findall(r"^#\| *default_exp.*|^nbdev\.nbdev_export.*", source, re.M)
     assert not left, f"not marked #| hide: {left}"
+    assert f"output-file: {address(path)}\n" in source
+    assert "/colab." not in source  # `published` is off
+    number = path.stem[:2] if path in LESSONS else ""
+    assert re.search(rf"^title: .?{number}( · )?[^\d]", source, re.M)
+    live = re.findall(r'<script type="module" src="(\S+)"></script>', source)
+    assert live == {"index": ["nbs/scene/embed.js"], "00_tour": ["scene/embed.js"]}.get(
+        path.stem, [])
+
+
+@each(PAGES)
+def test_set_up_is_folded_in_one_place(path, site):
+    before, *folded = site[str(path)]["source"].split("#| code-fold: true\n")
+    assert len(folded) == (path in LESSONS) and ("\n## " not in before or not folded)
+    assert all(re.match(r'#\| code-summary: "Set-up"\n(import|from) ', c) for c in folded)
 
 
 @each(PAGES)
@@ -414,6 +533,10 @@ def headings(nb):
         text = re.sub(r"\[([^]]*)\]\([^)]*\)|[`*$]", r"\1", heading).lower()
         text = re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", text).strip())
         yield re.sub(r"^[^a-z]+", "", text)
+
+
+def address(path): # of a page, as nbdev names it: without its number
+    return re.sub(r"^\d+_", "", path.stem) + ".html"
 
 
 def anchors(path):
@@ -475,6 +598,17 @@ def test_every_picture_has_an_alternative_text(path): # for those who cannot see
     pictures = filter(has_picture, code_cells(read(path)))
     bare = [c.id for c in pictures if not re.search(r"^#\| *fig-alt: *\S", c.source, re.M)]
     assert not bare
+
+
+@each(PAGES)
+def test_prose_is_shown_whole(path): # what HTML does not know it hides; headings fit a phone
+    text = "\n".join(map(prose, read(path).cells))
+    plain = re.sub(r"(?s)```.*?```|(`+).*?\1|\$\$.*?\$\$|\$[^$\n]*\$", "", text)
+    assert {*re.findall(r"</?(\w+)", plain)} <= {"code", "details", "summary"}
+    assert "![](" not in plain  # a picture without a word for those who cannot see it
+    headings = re.findall(r"^#+ +(.+)$", plain, re.M)
+    assert not [word for line in headings for word in re.split(r"[\s/-]", line)
+                if len(word) > 24]
 
 
 @each(LESSONS)
