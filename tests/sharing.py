@@ -1,4 +1,4 @@
-"""One of several processes: fine-tunes a small model in every way and leaves the results.
+"""One of several processes: trains a small model in every way and leaves the results.
 
     python -m torch.distributed.run --nproc_per_node 2 tests/sharing.py FOLDER
 """
@@ -15,10 +15,14 @@ from paligemma_nb.datasets import open_dataset
 from paligemma_nb.finetuning import FinetuneRecipe, finetune
 from paligemma_nb.scale import Team, several_processes
 from paligemma_nb.scenes import make_scene
-from paligemma_nb.training import learning_weights, team
+from paligemma_nb.training import Alone, Recipe, learning_weights, team, train
 
 WAYS = [(method, kind, fsdp) for method in ("full", "lora") for kind in ("sgd", "adamw")
         for fsdp in (False, True)]
+WAYS += [("lora", "marks", True), ("train", "muon", False)]
+STOPPED = [("full", "adamw", False), ("full", "adamw", True), ("train", "muon", False)]
+FROM_NOTHING = Recipe(steps=20, single_object_steps=10, scenes_per_step=4, warmup_steps=5,
+                      decay_steps=10, length_power=.5, autocast=False)
 
 
 def recipe(method):
@@ -31,10 +35,16 @@ def rows(): # suffixes of very different lengths
                               suffix=text.strip()) for k, text in enumerate(texts)])
 
 
+class InParts(Alone):
+    "One process that takes a batch as two would: it adds up the same numbers, to the bit"
+    def rows(self, batch):
+        return [{n: x.chunk(2)[k] for n, x in batch.items()} for k in range(2)]
+
+
 def sgd(model, recipe): return dict(adamw=torch.optim.SGD(learning_weights(model).values()))
 
 
-def run(folder, method, kind, stop=None): # -> history, final weights
+def run(folder, method, kind, stop=None, in_parts=False): # -> losses, final weights
     from test_finetuning import small_model
     processor = load_model(device="cpu")[1]
     torch.manual_seed(3)
@@ -48,11 +58,15 @@ def run(folder, method, kind, stop=None): # -> history, final weights
     losses = []
     if kind == "sgd": finetuning._optimizers = sgd
     finetuning.run_steps.__globals__["train_step"] = train_step
+    valid, before = rows() if kind == "marks" else None, team[0]
+    if in_parts: team[0] = InParts()
     try:
-        finetune(model, processor, rows(), None, folder, recipe(method), evaluate_every=8)
+        if method == "train": train(folder, model, processor, FROM_NOTHING, 8, 20, num_scenes=1)
+        else: finetune(model, processor, rows(), valid, folder, recipe(method),
+                       evaluate_every=8)
     except KeyboardInterrupt: pass
     finally:
-        finetuning._optimizers = optimizers
+        team[0], finetuning._optimizers = before, optimizers
         finetuning.run_steps.__globals__["train_step"] = step
     return losses, {n: p.detach() for n, p in learning_weights(model).items()}
 
@@ -67,9 +81,9 @@ def main(folder):
             save_file({n: p.contiguous() for n, p in weights.items()},
                       folder / f"{name}.safetensors")
             (folder / f"{name}.json").write_text(json.dumps(losses))
-        for fsdp in (False, True):
+        for method, kind, fsdp in STOPPED:
             team[0] = Team(fsdp)
-            run(folder / f"stopped-{fsdp}", "full", "adamw", stop=13)
+            run(folder / f"stopped-{method}-{fsdp}", method, kind, stop=13)
 
 
 if __name__ == "__main__":
