@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from itertools import repeat
 from pathlib import Path
 
 import fire
@@ -25,14 +26,14 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 
 def main(results: str | None = None):
-    from sharing import WAYS, run
+    from sharing import MORE, WAYS, run
     from test_finetuning import distance
     with tempfile.TemporaryDirectory() as folder:
         folder, rows, known = Path(folder), [], {}
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                 "--nproc_per_node", "2", ROOT / "tests" / "sharing.py", folder]
+                 "--nproc_per_node", "2", ROOT / "tests" / "sharing.py", folder, "all"]
         subprocess.run(words, check=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
-        for way, in_parts in [(way, False) for way in WAYS] + [(WAYS[-1], True)]:
+        for way, in_parts in [*zip(sorted(MORE + WAYS), repeat(False)), (WAYS[-1], True)]:
             *asked, fsdp = way
             if (key := (*asked, in_parts)) not in known:
                 _, start = run(folder / "start", *asked, stop=0)

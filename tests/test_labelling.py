@@ -386,11 +386,3 @@ def test_ray_is_killed(deadly, folder, whole, tmp_path):
     subprocess.run(words, check=True, stderr=subprocess.DEVNULL)
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
     check_finished(output, folder, deadly, whole)
-
-
-@pytest.mark.long
-def test_two_thousand_scenes():
-    "Two actors against one process with two threads: the same rows; leaves a record"
-    bench = Path(__file__).parents[1] / "bench"
-    subprocess.run([sys.executable, bench / "label_scenes.py", "--scenes", "2000",
-                    "--results", bench / "results"], check=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from sharing import STOPPED, WAYS, run
+from sharing import MORE, STOPPED, WAYS, command, run
 from test_finetuning import distance, scenes_of_one_color, write_maestro
 
 from paligemma_nb import scale, training
@@ -36,16 +36,17 @@ def launched(*words, folder=ROOT, **variables): # folder: of modules that are fo
     return done
 
 
-TORCHRUN = "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"
 ACCELERATE = ("accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0",
               "--mixed_precision", "no", "--dynamo_backend", "no", "--num_machines", "1", "-m")
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(tmp_path_factory, request):
     "A folder with what two processes leave"
-    folder = tmp_path_factory.mktemp("two")
-    launched(*TORCHRUN[:-1], str(ROOT / "tests" / "sharing.py"), str(folder))
+    folder, every = tmp_path_factory.mktemp("two"), request.config.getoption("--all")
+    done = launched("torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                    str(ROOT / "tests" / "sharing.py"), str(folder), *["all"] * every)
+    (folder / "stdout").write_text(done.stdout)
     return folder
 
 
@@ -64,7 +65,8 @@ def one(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("method, kind, fsdp", WAYS)
+@pytest.mark.parametrize("method, kind, fsdp", WAYS + [
+    pytest.param(*way, marks=pytest.mark.long) for way in MORE])
 def test_two_processes_are_as_one(method, kind, fsdp, one, two):
     losses, weights, start = one(method, kind)
     name = f"{method}-{kind}-{fsdp}"
@@ -91,16 +93,13 @@ def history(path): # of a run
         return json.loads(file.metadata()["history"])
 
 
-def check_marks(one, other): # of two histories
-    assert [row["step"] for row in one] == [row["step"] for row in other]
-    for a, b in zip(one, other):
-        losses = [row["marks"]["all"].pop("loss") for row in (a, b)]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-5) and a["marks"] == b["marks"]
-
-
 def test_marks_of_shared_weights(one, two):
     one("lora", "marks")
-    check_marks(history(one.folder / "lora-marks"), history(two / "lora-marks-True"))
+    alone = history(one.folder / "lora-marks")
+    for a, b in zip(alone, history(two / "lora-marks-True"), strict=True):
+        losses = [row["marks"]["all"].pop("loss") for row in (a, b)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        assert (a["step"], a["marks"]) == (b["step"], b["marks"])
 
 
 @pytest.mark.parametrize("method, kind, fsdp", STOPPED)
@@ -117,24 +116,17 @@ def test_stopped_as_two_continued_as_one(method, kind, fsdp, one, two, tmp_path)
 
 # --- the command
 
-def check_adapters(some, other): # folders
-    name = "adapter_model.safetensors"
-    found, expected = load_file(some / name), load_file(other / name)
+def test_the_command_with_fsdp(two, tmp_path):
+    assert (two / "stdout").read_text().count("ask it: ") == 1  # only one of them speaks
+    assert main(command(two, tmp_path / "alone")) == 0
+    files = [{path.name for path in (folder / name).iterdir()}
+             for folder, name in ((two, "shared"), (tmp_path, "alone"))]
+    assert files[0] == files[1]
+    found, expected = (load_file(path / "adapter_model.safetensors")
+                       for path in (two / "shared", tmp_path / "alone"))
     moved = torch.cat([w.flatten() for n, w in expected.items() if "lora_B" in n]).norm()
-    assert found.keys() == expected.keys() and distance(found, expected) < .1 * moved
-    assert {path.name for path in some.iterdir()} == {path.name for path in other.iterdir()}
-
-
-def test_the_command_with_fsdp(tmp_path):
-    data = write_maestro(tmp_path / "data", scenes_of_one_color(0, 4))
-    output, alone = tmp_path / "mine", tmp_path / "alone"
-    flags = ["finetune", "--data", str(data), "--steps", "2", "--batch_size", "4", "--replay",
-             "0", "--output_path"]
-    done = launched(*TORCHRUN, "paligemma_nb", *flags, str(output),
-                    ACCELERATE_USE_FSDP="true")
-    assert done.stdout.count("ask it: ") == done.stderr.count("written: ") == 1  # one speaks
-    assert main([*flags, str(alone)]) == 0
-    check_adapters(output, alone)
+    # in bfloat16, where AdamW's first steps may turn about
+    assert found.keys() == expected.keys() and distance(found, expected) < .5 * moved
 
 
 @pytest.mark.long
@@ -239,9 +231,3 @@ def test_bytes_on_paper(weights):
     assert (lora.gradients, lora.moments) == (4 * adapters, 8 * adapters)
     assert lora.weights == 2 * weights + 4 * adapters and lora.copies == 0
     assert found["LoRA, FSDP", 8].total < lora.total < found["data parallel", 8].total
-
-
-@pytest.mark.long
-def test_a_record_of_two_processes():
-    subprocess.run([sys.executable, ROOT / "bench" / "two_processes.py", "--results",
-                    ROOT / "bench" / "results"], check=True)
