@@ -19,6 +19,14 @@ from . import finetuning, training
 from .paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from .training import Alone, team
 
+# %% ../nbs/45_scale.ipynb #sc0015c
+def _start_fsdp(model): # what stands outside of the layers last
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    for layer in model._layers(): fully_shard(layer)
+    fully_shard(model)
+    register_fsdp_forward_method(model, "get_image_features")
+    return model
+
 # %% ../nbs/45_scale.ipynb #sc0016
 def _forget_fsdp(model): # which has no way back of its own
     from torch.distributed.fsdp import FSDPModule
@@ -51,11 +59,8 @@ class Team(Alone):
             p.grad /= self.count
 
     def collect(self, tensors): # one after the other, and off the card: all would not fit
-        found = {}
-        for name, x in tensors.items():
-            x = self.whole(x)
-            if self.rank == 0: found[name] = x.cpu()
-        return found
+        whole = ((name, self.whole(x)) for name, x in tensors.items())  # every process asks
+        return {name: x.cpu() for name, x in whole if self.rank == 0}
 
     def whole(self, x): return x.full_tensor() if hasattr(x, "full_tensor") else x
 
@@ -64,13 +69,7 @@ class Team(Alone):
         from torch.distributed.tensor import distribute_tensor
         return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
 
-    def spread(self, model): # layer by layer; what stands outside of the layers last
-        if not self.shards: return model
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-        for layer in model._layers(): fully_shard(layer)
-        fully_shard(model)
-        register_fsdp_forward_method(model, "get_image_features")
-        return model
+    def spread(self, model): return _start_fsdp(model) if self.shards else model
 
     def gather(self, model): # an ordinary model again, whole in every process
         if not self.shards: return model
