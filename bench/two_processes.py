@@ -37,7 +37,7 @@ def main(results: str | None = None):
             *asked, fsdp = way
             if (key := (*asked, in_parts)) not in known:
                 _, start = run(folder / "start", *asked, stop=0)
-                path = folder / "-".join(map(str, key))
+                path = folder / "-".join(["one", *map(str, key)])
                 known[key] = start, *run(path, *asked, in_parts=in_parts)
                 shutil.rmtree(folder / "start")
             start, one, weights = known[key]
