@@ -34,7 +34,7 @@ from .siglip import SiglipVisionConfig
 
 # %% ../nbs/30_tasks.ipynb #50530214
 KINDS = ("caption", "count", "exists", "color", "shape", "where", "detect", "absent",
-         "segment", "segment_absent", "several")  # what can be asked about a scene
+         "segment", "segment_absent", "several", "unanswerable")  # what can be asked
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,11 @@ def scene_examples(
     for a, b in combinations([*things, absent], 2):
         a, b = (a, b) if rng.integers(2) else (b, a)
         add("several", f"detect {a} ; {b}", objects=things.get(a, []) + things.get(b, []))
+    for attribute, values, question in (("shape", SHAPES, "color is the {}"),
+                                        ("color", COLORS, "shape is the {} object")):
+        absent = [v for v in values if v not in {getattr(o, attribute) for o in scene.objects}]
+        absent = absent[scene.seed % len(absent)]  # rng's numbers stay for what came before
+        add("unanswerable", f"answer en what {question.format(absent)}?", "none")
     return examples
 
 # %% ../nbs/30_tasks.ipynb #e4744bcb
