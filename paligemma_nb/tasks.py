@@ -278,8 +278,8 @@ them, finds objects in them and outlines them. All other pictures are foreign to
 
 - Data: scenes of 1 to 4 shapes, {processor.image_size} px, seeds below {HELD_OUT:,}.
 - Tasks: `caption en`, `answer en <question>`, `detect <thing>`, `detect <thing> ; <thing>`,
-  `segment <thing>`. An absent thing is answered with nothing. The `<seg>` tokens are those of
-  the mask VAE that the package ships.
+  `segment <thing>`. An absent thing is answered with nothing, a question about one with `none`.
+  The `<seg>` tokens are those of the mask VAE that the package ships.
 - Recipe, stage by stage: {', then '.join(f'`{recipe}`' for recipe in stages)}
 - Time: {minutes:.0f} minutes; {', then '.join(machines)}.
 
