@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'team', 'VALIDATION', 'Recipe', 'make_batch', 'batch_loss', 'waves', 'grid_waves', 'initialize',
            'learning_weights', 'make_optimizers', 'training_precision', 'Alone', 'update', 'apply_gradient',
-           'train_step', 'save_state', 'load_state', 'run_steps', 'train', 'save_trained', 'train_tiny']
+           'train_step', 'save_state', 'load_state', 'run_steps', 'train', 'train_tiny']
 
 # %% ../nbs/31_training.ipynb #b4401bc0
 # Papers: PaliGemma, arXiv 2407.07726; Muon, arXiv 2502.16982.
@@ -25,15 +25,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW, Muon, Optimizer
 from tqdm import tqdm
 
-from . import load_model, save_model
+from . import load_model
 from .checkpoint import save_tensors, shapes_of, usable_device
-from .hub import read_json, replacing, write_json
+from .hub import read_json, replacing
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import BatchFeature, PaliGemmaProcessor
 from .scenes import HELD_OUT, make_scene
-from .tasks import (
-    KIND_WEIGHTS, KINDS, evaluate, machine, model_card, sample_examples, tiny_config,
-    tiny_processor, worst)
+from paligemma_nb.tasks import (
+    KIND_WEIGHTS, KINDS, evaluate, machine, sample_examples, save_trained, tiny_config,
+    tiny_processor)
 
 # %% ../nbs/31_training.ipynb #f0a0bbbc
 @dataclass(frozen=True)
@@ -182,12 +182,12 @@ STAGES = (
            decay_steps=1_450, length_power=0.5, seed=3, kind_weights=dict(
                caption=4, detect=3, absent=1, count=2.5, exists=2, color=5, shape=2, where=6,
                segment=4, segment_absent=0.7, several=2.5)),
-    Recipe(steps=6_500, single_object_steps=0, twin_scenes=8, muon_lr=1.5e-3, adamw_lr=7e-4,
-           warmup_steps=50, decay_steps=5_000, length_power=0.5, seed=4, kind_weights=dict(
+    Recipe(6_500, 0, twin_scenes=8, muon_lr=1.5e-3, adamw_lr=7e-4, warmup_steps=50,
+           decay_steps=5_000, length_power=0.5, seed=4, kind_weights=dict(
                caption=3, detect=4, absent=1, count=1.5, exists=1.5, color=1.5, shape=1,
                where=9, segment=8, segment_absent=0.7, several=9, unanswerable=1.5)),
-    Recipe(steps=2_000, single_object_steps=0, twin_scenes=8, muon_lr=1.2e-3, adamw_lr=5e-4,
-           warmup_steps=50, decay_steps=1_950, length_power=0.5, seed=5, kind_weights=dict(
+    Recipe(2_000, 0, twin_scenes=8, muon_lr=1.2e-3, adamw_lr=5e-4, warmup_steps=50,
+           decay_steps=1_950, length_power=0.5, seed=5, kind_weights=dict(
                caption=7, detect=4, absent=1.5, count=3, exists=1.5, color=1, shape=1,
                where=6, segment=5, segment_absent=1, several=12, unanswerable=1.5)))
 
@@ -361,20 +361,6 @@ def train(
         lambda first: (make_batch(processor, recipe, step) for step in count(first)),
         lambda history: evaluate(model, processor, num_scenes, VALIDATION)[0],
         save_every, evaluate_every)
-
-# %% ../nbs/31_training.ipynb #f93773dd
-def save_trained(folder: Path, model, processor, stages: tuple[Recipe, ...],
-                 history: list[dict], num_scenes: int = 1_000): # to mark it on
-    "The model in the published format; beside it its history, its results and its card."
-    marks, answers = evaluate(model, processor, num_scenes)
-    results = dict(num_scenes=num_scenes, first_seed=HELD_OUT, machine=machine(), marks=marks,
-                   worst=worst(answers))
-    story = dict(stages=[asdict(recipe) for recipe in stages], rows=history)
-    save_model(model, processor, folder)
-    (folder / "history.json").write_text(json.dumps(story))
-    write_json(folder / "results.json", results)
-    card = model_card(model, processor, stages, history, results, answers)
-    (folder / "README.md").write_text(card, encoding="utf-8")
 
 # %% ../nbs/31_training.ipynb #e3b7566a
 def train_tiny(
