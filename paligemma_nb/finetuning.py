@@ -266,9 +266,11 @@ def _batches(processor, recipe, datasets, workers, first): # each step's parts
 def _evaluate(model, processor, valid, recipe, best, history): # keeps the best weights
     if valid is None: return None
     marks = measure_rows(model, processor, valid, autocast=recipe.autocast)[0]
-    if team[0].rank == 0 and all(_rank(dict(marks=marks)) > _rank(row) for row in history):
+    if team[0].total(all(_rank(dict(marks=marks)) > _rank(row) for row in history)):
+        weights = team[0].collect(learning_weights(model))
+        if team[0].rank: return marks
         # before the state: after a kill in between it is repeated
-        with replacing(best) as new: save_tensors(learning_weights(model), new)
+        with replacing(best) as new: save_tensors(weights, new)
     return marks
 
 # %% ../nbs/35_finetuning.ipynb #ft000017
@@ -300,8 +302,8 @@ def finetune(
         partial(_batches, processor, recipe, datasets, workers),
         partial(_evaluate, model, processor, valid, recipe, best),
         evaluate_every, evaluate_every, partial(_is_done, patience))
-    if valid: model.load_state_dict(load_file(best), strict=False)
     team[0].gather(model).eval()
+    if valid: model.load_state_dict(load_file(best), strict=False)
     return history
 
 # %% ../nbs/35_finetuning.ipynb #ft000018

@@ -279,8 +279,8 @@ def label_block(
         rows = [_EMPTY | dict(path=picture.name, prompt=prompt, error=_DEADLY)
                 if picture in deadly else next(rows)
                 for picture in pictures for prompt in settings["prompts"]]
-        write_part(part, rows)
     finally: trying.unlink()  # what stays tells of a process that died
+    write_part(part, rows)
     return sum(row["error"] is not None for row in rows) // len(settings["prompts"])
 
 # %% ../nbs/43_labelling.ipynb #sl0056

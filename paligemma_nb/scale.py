@@ -19,6 +19,14 @@ from . import finetuning, training
 from .paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from .training import Alone, team
 
+# %% ../nbs/45_scale.ipynb #sc0015c
+def _start_fsdp(model): # what stands outside of the layers last
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    for layer in model._layers(): fully_shard(layer)
+    fully_shard(model)
+    register_fsdp_forward_method(model, "get_image_features")
+    return model
+
 # %% ../nbs/45_scale.ipynb #sc0016
 def _forget_fsdp(model): # which has no way back of its own
     from torch.distributed.fsdp import FSDPModule
@@ -37,6 +45,9 @@ class Team(Alone):
         self.rank, self.count, self.shards = dist.get_rank(), dist.get_world_size(), shards
         self.device = "cuda" if dist.get_backend() == "nccl" else "cpu"
 
+    def rows(self, batch): # neighbours stay together, such as the prompts about a scene
+        return {name: x.chunk(self.count)[self.rank] for name, x in batch.items()}
+
     def total(self, x):
         dist.all_reduce(found := torch.tensor(x, dtype=torch.float64, device=self.device))
         return found.item()
@@ -47,6 +58,10 @@ class Team(Alone):
             dist.all_reduce(p.grad)
             p.grad /= self.count
 
+    def collect(self, tensors): # one after the other, and off the card: all would not fit
+        whole = ((name, self.whole(x)) for name, x in tensors.items())  # every process asks
+        return {name: x.cpu() for name, x in whole if self.rank == 0}
+
     def whole(self, x): return x.full_tensor() if hasattr(x, "full_tensor") else x
 
     def share(self, x, like):
@@ -54,13 +69,7 @@ class Team(Alone):
         from torch.distributed.tensor import distribute_tensor
         return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
 
-    def spread(self, model): # layer by layer; what stands outside of the layers last
-        if not self.shards: return model
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-        for layer in model._layers(): fully_shard(layer)
-        fully_shard(model)
-        register_fsdp_forward_method(model, "get_image_features")
-        return model
+    def spread(self, model): return _start_fsdp(model) if self.shards else model
 
     def gather(self, model): # an ordinary model again, whole in every process
         if not self.shards: return model
@@ -100,24 +109,27 @@ def finetune_files(*args, **flags):
     "That of finetuning, on one process or several."
     with several_processes() as count:
         if count > 1: _check(flags, count)
-        return finetuning.finetune_files(*args, **flags)
+        path = finetuning.finetune_files(*args, **flags)
+        return None if team[0].rank else path  # only one says that it is written
 
 # %% ../nbs/45_scale.ipynb #sc0021
 @functools.wraps(training.train_tiny)
 def train_tiny(*args, **flags):
-    "That of training. Raises ValueError among several processes."
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError("train runs in one process: start it without accelerate or torchrun")
-    training.train_tiny(*args, **flags)
+    "That of training, on one process or several; they cannot share out the weights."
+    with several_processes() as count:
+        scenes = training.STAGES[0].scenes_per_step
+        if count > 1 and team[0].shards:
+            raise ValueError("train's Muon needs whole matrices: start it without --use_fsdp")
+        if scenes % count:
+            raise ValueError(f"{scenes} scenes in a step do not make {count} equal shares")
+        path = training.train_tiny(*args, **flags)
+        return None if team[0].rank else path
 
 # %% ../nbs/45_scale.ipynb #sc0022
 def _check(flags, count):
     if flags["batch_size"] % (count * flags["parts"]):
         raise ValueError(f"--batch_size: {flags['batch_size']} rows do not make {count} "
                          f"processes times {flags['parts']} parts")
-    if team[0].shards and flags["valid"]:
-        raise ValueError("--valid needs the whole model in each process: with FSDP leave it "
-                         "out, and mark the result with paligemma-nb evaluate")
 
 # %% ../nbs/45_scale.ipynb #sc0028
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""One of several processes: fine-tunes a small model in every way and leaves the results.
+"""One of several processes: trains a small model in every way and leaves the results.
 
-    python -m torch.distributed.run --nproc_per_node 2 tests/sharing.py FOLDER
+    python -m torch.distributed.run --nproc_per_node 2 tests/sharing.py FOLDER [all]
 """
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,15 +11,21 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from paligemma_nb import finetuning, load_model
+from paligemma_nb import finetuning, inference, load_model
 from paligemma_nb.datasets import open_dataset
 from paligemma_nb.finetuning import FinetuneRecipe, finetune
 from paligemma_nb.scale import Team, several_processes
 from paligemma_nb.scenes import make_scene
-from paligemma_nb.training import learning_weights, team
+from paligemma_nb.training import Alone, Recipe, learning_weights, team, train
 
-WAYS = [(method, kind, fsdp) for method in ("full", "lora") for kind in ("sgd", "adamw")
-        for fsdp in (False, True)]
+# method, kind, FSDP?
+WAYS = [("full", "sgd", False), ("full", "sgd", True), ("lora", "marks", True),
+        ("train", "muon", False)]
+MORE = [("lora", "sgd", False), ("lora", "sgd", True), ("full", "adamw", False),
+        ("full", "adamw", True), ("lora", "adamw", False), ("lora", "adamw", True)]
+STOPPED = [("full", "adamw", False), ("full", "adamw", True), ("train", "muon", False)]
+FROM_NOTHING = Recipe(steps=20, single_object_steps=10, scenes_per_step=4, warmup_steps=5,
+                      decay_steps=10, length_power=.5, autocast=False)
 
 
 def recipe(method):
@@ -31,10 +38,16 @@ def rows(): # suffixes of very different lengths
                               suffix=text.strip()) for k, text in enumerate(texts)])
 
 
+class InParts(Alone):
+    "One process that takes a batch as two would: it adds up the same numbers, to the bit"
+    def rows(self, batch):
+        return [{n: x.chunk(2)[k] for n, x in batch.items()} for k in range(2)]
+
+
 def sgd(model, recipe): return dict(adamw=torch.optim.SGD(learning_weights(model).values()))
 
 
-def run(folder, method, kind, stop=None): # -> history, final weights
+def run(folder, method, kind, stop=None, in_parts=False): # -> losses, final weights
     from test_finetuning import small_model
     processor = load_model(device="cpu")[1]
     torch.manual_seed(3)
@@ -48,18 +61,29 @@ def run(folder, method, kind, stop=None): # -> history, final weights
     losses = []
     if kind == "sgd": finetuning._optimizers = sgd
     finetuning.run_steps.__globals__["train_step"] = train_step
+    valid, before = rows() if kind == "marks" else None, team[0]
+    if in_parts: team[0] = InParts()
     try:
-        finetune(model, processor, rows(), None, folder, recipe(method), evaluate_every=8)
+        if method == "train":
+            train(folder, model, processor, FROM_NOTHING, 8, 20, num_scenes=1)
+        else:
+            finetune(model, processor, rows(), valid, folder, recipe(method), evaluate_every=8)
     except KeyboardInterrupt: pass
     finally:
-        finetuning._optimizers = optimizers
+        team[0], finetuning._optimizers = before, optimizers
         finetuning.run_steps.__globals__["train_step"] = step
     return losses, {n: p.detach() for n, p in learning_weights(model).items()}
 
 
-def main(folder):
+def command(folder, name): # of the output
+    return ["finetune", "--data", str(folder / "data" / "annotations.jsonl"), "--steps", "2",
+            "--batch_size", "4", "--replay", "0", "--output_path", str(folder / name)]
+
+
+def main(folder, every=""):
+    from test_finetuning import scenes_of_one_color, write_maestro
     with several_processes():
-        for method, kind, fsdp in WAYS:
+        for method, kind, fsdp in WAYS + MORE * bool(every):
             name = f"{method}-{kind}-{fsdp}"
             team[0] = Team(fsdp)
             losses, weights = run(folder / name, method, kind)
@@ -67,11 +91,15 @@ def main(folder):
             save_file({n: p.contiguous() for n, p in weights.items()},
                       folder / f"{name}.safetensors")
             (folder / f"{name}.json").write_text(json.dumps(losses))
-        for fsdp in (False, True):
+        for method, kind, fsdp in STOPPED:
             team[0] = Team(fsdp)
-            run(folder / f"stopped-{fsdp}", "full", "adamw", stop=13)
+            run(folder / f"stopped-{method}-{fsdp}", method, kind, stop=13)
+        if team[0].rank == 0: write_maestro(folder / "data", scenes_of_one_color(0, 4))
+        team[0].total(0.)  # it is there
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+        inference.main(command(folder, "shared"))  # last: it ends what the processes share
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -238,3 +238,11 @@ def test_bytes_on_paper_are_those_that_a_small_model_takes():
         for method in METHODS[:-1]:  # raises SystemExit where layers do not add up
             kept, checkpointed = activations(with_layers(config, 5, 4), method)
             assert 0 < checkpointed < kept
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("script", ["label_scenes", "serve_clients", "two_processes"])
+def test_a_record(script):
+    "It comes to its end, and leaves its results"
+    subprocess.run([sys.executable, ROOT / "bench" / f"{script}.py", "--results",
+                    ROOT / "bench" / "results"], check=True)

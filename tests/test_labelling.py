@@ -197,11 +197,13 @@ def test_two_kinds_of_output(folder, whole, tmp_path):
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.long)])
-def test_killed_and_continued(kills, folder, whole, tmp_path):
-    call = partial(run, folder, tmp_path / "counted")
-    total, rng = count_calls(call), np.random.default_rng(kills)
+def test_killed_and_continued(kills, folder, tmp_path):
+    settings = dict(prompt=["caption en", "detect red circle"], block_size=1)
+    def start(name): return run(folder / "[0-3].png", tmp_path / name, **settings)
+    call = partial(start, "counted")
+    total, rng, whole = count_calls(call), np.random.default_rng(kills), call()
     for k, moment in enumerate(rng.integers(total, size=kills)):
-        call = partial(run, folder, tmp_path / f"run{k}")
+        call = partial(start, f"run{k}")
         assert run_until(moment, call)
         parts = {path: path.stat().st_mtime_ns for path in
                  (tmp_path / f"run{k}").glob("part-*.jsonl")}
@@ -315,7 +317,8 @@ def test_a_deadly_picture(deadly, folder, whole, tmp_path):
 def test_only_the_deadly_ones_are_found(deadly):
     (deadly / "0.png").write_bytes(b"DEADLY")
     (deadly / "1.png").write_bytes(b"merely broken")
-    found = {Path(picture.name).name for picture in find_deadly(list_pictures([str(deadly)]))}
+    some = [str(deadly / f"{name}.png") for name in ("6", "0", "1", "3a")]
+    found = {Path(picture.name).name for picture in find_deadly(list_pictures(some))}
     assert found == {"0.png", "3a.png"}
 
 
@@ -386,11 +389,3 @@ def test_ray_is_killed(deadly, folder, whole, tmp_path):
     subprocess.run(words, check=True, stderr=subprocess.DEVNULL)
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
     check_finished(output, folder, deadly, whole)
-
-
-@pytest.mark.long
-def test_two_thousand_scenes():
-    "Two actors against one process with two threads: the same rows; leaves a record"
-    bench = Path(__file__).parents[1] / "bench"
-    subprocess.run([sys.executable, bench / "label_scenes.py", "--scenes", "2000",
-                    "--results", bench / "results"], check=True)

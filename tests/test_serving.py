@@ -421,11 +421,3 @@ def test_memory_stays_flat():
         assert max(sizes[10:]) < 1.02 * max(sizes[2:10]), sizes
     finally: server.kill()
     server.communicate()
-
-
-@pytest.mark.long
-def test_many_clients():
-    "1, 8 and 32 at a time; leaves a record"
-    bench = Path(__file__).parents[1] / "bench"
-    subprocess.run([sys.executable, bench / "serve_clients.py", "--requests", "96",
-                    "--results", bench / "results"], check=True)

@@ -544,12 +544,13 @@ def test_the_commands_are_the_functions(monkeypatch, capsys):
     assert called == [(None, 7, HELD_OUT), ("7", None)]
 
 
-def test_a_batch_in_parts_is_the_whole_batch(shipped):
+@pytest.mark.parametrize("power", [0, .5])
+def test_a_batch_in_parts_is_the_whole_batch(power, shipped):
     model, processor = deepcopy(shipped[0]), shipped[1]
     scenes = [make_scene(seed) for seed in range(3)]
     suffixes = ["a", scenes[1].caption, "two words"]  # a mean of means would be another loss
     rows = list(zip([s.pixels for s in scenes], ["caption en"] * 3, suffixes))
-    recipe, got = replace(STAGES[0], autocast=False), []
+    recipe, got = replace(STAGES[0], autocast=False, length_power=power), []
     for parts in [rows], [rows[:1], rows[1:]]:
         batches = [processor(*map(list, zip(*part))) for part in parts]
         model.load_state_dict(shipped[0].state_dict())
