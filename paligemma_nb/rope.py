@@ -43,6 +43,6 @@ def apply_rotary_pos_emb(
     cos: Tensor,  # [b, t, d] of the tokens' angles
     sin: Tensor,  # [b, t, d]
 ) -> Tensor:      # [b, h, t, d]
-    "Turns each pair of features of each token by the token's angle."
+    "Turns each pair of features of each token by the token's angle, in the dtype of x."
     cos, sin = (part.unsqueeze(1).to(x.dtype) for part in (cos, sin))  # [b, 1, t, d]
     return x * cos + rotate_half(x) * sin

@@ -20,9 +20,14 @@ from pathlib import Path
 os.environ["MPLBACKEND"] = "agg"
 
 import matplotlib.pyplot as plt
+import sklearn.datasets  # noqa: F401
 import torch
-import transformers  # noqa: F401  (once, for all lessons)
+import torch._dynamo  # optimizers import it; this and what follows once, for all lessons
 from IPython.core.interactiveshell import InteractiveShell
+from transformers.models.gemma import modeling_gemma  # noqa: F401
+from transformers.models.paligemma import modeling_paligemma  # noqa: F401
+from transformers.models.siglip import image_processing_pil_siglip  # noqa: F401
+from transformers.models.siglip import modeling_siglip  # noqa: F401
 
 from paligemma_nb import practice
 
@@ -36,6 +41,10 @@ def at_top(tree): # the syntax nodes of a cell that do not stand in a scope of t
     for node in ast.iter_child_nodes(tree):
         yield node
         if not isinstance(node, SCOPES): yield from at_top(node)
+
+
+def brief(source): # with two steps of a training: no stub is tried on what it has learned
+    return re.sub(r"in range\(\d+\)", "in range(2)", source) if ".backward()" in source else source
 
 
 def names_in(node): return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
@@ -89,7 +98,7 @@ class Lesson:
                     names.update(cell.uses)
         look("")
         for _ in range(3): look("#| export")  # it may use what is exported below it
-        for j in sorted(needed - self.done): self.said(self.cells[j].source)
+        for j in sorted(needed - self.done): self.said(brief(self.cells[j].source))
         self.done |= needed
 
     def try_stub(self, i, name):

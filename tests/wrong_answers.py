@@ -105,6 +105,7 @@ WRONG["04_kv_cache"] = {
         ("diagonal=past", "diagonal=t"),
         ("diagonal=past", "diagonal=past - 1"),
         (".tril(diagonal=past)", ""),
+        (".tril(diagonal=past)", ".tril(diagonal=past).float()"),
     ],
     "check_megabytes": ["megabytes = 4.7", "megabytes = 18.9", "megabytes = 302"],
     "check_fit": [
