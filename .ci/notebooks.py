@@ -16,6 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
+# nbformat's validator would build a grammar of web addresses, in each process, for a second of
+# the processor; it does without, and no notebook has one to check
+sys.modules["rfc3987_syntax"] = None
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError

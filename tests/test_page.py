@@ -319,38 +319,63 @@ def test_nothing_comes_from_another_host(page, site):
     assert page.asked and all(url.startswith((site[1], "data:")) for url in page.asked)
 
 
-def test_phone_shows_it_without_scrolling_sideways(browser, site):
-    page = open_page(browser, site[1], viewport=dict(width=390, height=844), has_touch=True,
-                     is_mobile=True, color_scheme="dark")
+PHONE = dict(viewport=dict(width=390, height=844), has_touch=True, is_mobile=True)
+
+
+@pytest.fixture(scope="module")
+def phone(browser, site):
+    page = open_page(browser, site[1], color_scheme="dark", **PHONE)
     said(page)
-    page.tap("#tokens li:nth-child(1)")
-    assert page.locator("#probs div").count() == 5
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    yield page
     assert page.mistakes == []
     page.context.close()
 
 
-def test_picture_of_another_page_becomes_the_live_scene(browser, site):
-    (site[0].parent/"lesson.html").write_text("""
-        <a href="scene/index.html"><img src="scene/icon.svg" alt="The scene"></a>
-        <script type="module" src="scene/embed.js"></script>""")
-    page = open_page(browser, site[1].replace("scene/", "lesson.html"))
+def test_phone_shows_it_without_scrolling_sideways(phone):
+    phone.tap("#tokens li:nth-child(1)")
+    assert phone.locator("#probs div").count() == 5
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 390
+    assert phone.evaluate("getComputedStyle(document.documentElement).colorScheme") == "dark"
+
+
+def test_page_works_offline_once_loaded(phone):
+    phone.wait_for_function("navigator.serviceWorker.controller")
+    phone.context.set_offline(True)
+    phone.reload()
+    assert said(phone)
+
+
+LESSON = """<!doctype html>
+<meta name="viewport" content="width=device-width"><link rel="icon" href="scene/icon.svg">
+<body class="quarto-dark">
+<figure><p><a href="scene/index.html"><img src="scene/icon.svg" alt="The scene"></a></p>
+<figcaption>The scene</figcaption></figure>
+<p>It has <a href="scene/index.html">a page</a>.</p>
+<script type="module" src="scene/embed.js"></script>
+"""
+
+
+def test_link_of_another_page_becomes_the_live_scene(browser, site):
+    "Once it is asked for, on a phone, light or dark as that page is"
+    (site[0].parent/"lesson.html").write_text(LESSON)
+    page = open_page(browser, site[1].replace("scene/", "lesson.html"), **PHONE)
+    page.wait_for_selector("button")
+    total = sum(path.stat().st_size for path in site[0].rglob("*") if path.is_file())
+    assert f"loads {total / 1e6:.0f} MB" in page.inner_text("button")
+    assert not any("onnx" in url or "wasm" in url for url in page.asked)
+    page.tap("button")
     frame = page.frame_locator("iframe[title='The scene']")
     frame.locator("#talk[aria-busy=false]").wait_for()
-    height = page.locator("iframe").bounding_box()["height"]
-    assert abs(height - frame.locator("body").evaluate("e => e.scrollHeight")) <= 1
+    assert page.locator("a, button, figure").count() == 1  # the link in the sentence
+    width, height = (frame.locator("html").evaluate(f"e => e.scroll{side}")
+                     for side in ("Width", "Height"))
+    box = page.locator("iframe").bounding_box()
+    assert width <= box["width"] and abs(box["height"] - height) <= 1
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert frame.locator("header").is_hidden() and frame.locator("#cover").is_hidden()
     assert frame.locator("#open").get_attribute("href") == "index.html"
-    page.context.close()
-
-
-def test_page_works_offline_once_loaded(browser, site):
-    page = open_page(browser, site[1])
-    said(page)
-    page.wait_for_function("navigator.serviceWorker.controller")
-    page.context.set_offline(True)
-    page.reload()
-    assert said(page)
-    page.goto(site[1] + "?small")
-    assert said(page) and page.is_hidden("header") and page.is_visible("#open")
+    for theme, media in (("dark", "all"), ("light", "not all")):
+        page.evaluate("theme => { document.body.className = `quarto-${theme}` }", theme)
+        frame.locator(f"#dark[media='{media}']").wait_for(state="attached")
     assert page.mistakes == []
     page.context.close()

@@ -371,6 +371,6 @@ const {scene, edited, prompt} = readAddress()
 showScene(scene, edited)
 if (prompt) readPrompt(prompt)
 $("load").onclick = loadModel
-if (!navigator.connection?.saveData) loadModel() // else it is asked for
+if (isSmall || !navigator.connection?.saveData) loadModel() // the small one was asked for
 if (isSmall) new ResizeObserver(() => // the page around it gives it the height that it needs
   parent.postMessage({sceneHeight: document.body.scrollHeight}, "*")).observe(document.body)
