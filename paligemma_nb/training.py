@@ -208,10 +208,12 @@ def training_precision(device: str, autocast: bool = True): # device: 'cpu' or '
 class Alone:
     "The processes that share a run: this one. Lesson 45 knows of more."
     rank, count = 0, 1                       # number of this one, and how many there are
+    def rows(self, batch): return batch      # its own, of a batch that all have drawn
     def total(self, x): return x             # the sum over all of a number
     def average(self, model): return         # over all, of the gradients, in place
     def spread(self, model): return model    # each keeps a share of every weight
     def gather(self, model): return model    # and back
+    def collect(self, tensors): return tensors # whole, by name: for the first one alone
     def whole(self, x): return x             # a tensor of which each may have a share
     def share(self, x, like): return x       # of x, as of the tensor like
 
@@ -224,38 +226,42 @@ def update(optimizers: dict[str, Optimizer], rates: dict[str, float]):
         for group in optimizers[name].param_groups: group["lr"] = rate
         optimizers[name].step()
 
-
 def apply_gradient(model: nn.Module, optimizers: dict[str, Optimizer],
                    recipe: Recipe, # or what else has its rates and max_grad_norm
                    step: int, loss: float): # for the error
     "Clips it and steps. Raises ValueError, and changes no weight, if it is not finite."
     team[0].average(model)
-    length = nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-    length = team[0].whole(length)
+    length = team[0].whole(nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm))
     if not length.isfinite():  # if the loss is not finite, the gradient is not either
         raise ValueError(f"step {step}: loss {loss:.4g}, norm of its gradient {length:.4g}; "
                          "the weights are left as they were before it: try lower rates")
     update(optimizers, recipe.rates(step))
+
+# %% ../nbs/31_training.ipynb #ec598fa5
+def _weight(part, power): # of its loss among others: what its tokens weigh together
+    if "labels" not in part: return 0.0
+    lengths = (part["labels"] != -100).sum(1).double()
+    return (lengths[lengths > 0] ** (1 - power)).sum().item()
 
 # %% ../nbs/31_training.ipynb #ec598fa4
 def train_step(
     model: nn.Module,
     optimizers: dict[str, Optimizer],
     batch: dict[str, Tensor] | list[dict[str, Tensor]], # or its parts, one after the other
-    recipe: Recipe, # or what else has its rates, length_power (0 for parts), autocast, …
+    recipe: Recipe, # or what else has its rates, length_power, autocast, …
     step: int,
 ) -> float: # loss before the update: the mean over all tokens of the batch
     "Raises ValueError, and leaves the weights as they were, if the gradient is not finite."
     parts = [batch] if isinstance(batch, dict) else batch
-    tokens = [int((part["labels"] != -100).sum()) if "labels" in part else 0 for part in parts]
+    weights = [_weight(part, recipe.length_power) for part in parts]
     device, total, everyone = next(model.parameters()).device, 0.0, team[0]
-    all_tokens = max(1, everyone.total(sum(tokens)))
+    whole = everyone.total(sum(weights)) or 1
     model.zero_grad()
-    for part, n in zip(parts, tokens):
+    for part, weight in zip(parts, weights):
         part = BatchFeature(part).to(device)
         with training_precision(device.type, recipe.autocast):
             loss = batch_loss(model, part, recipe.length_power) * (
-                n * everyone.count / all_tokens)  # processes are averaged, tokens are not
+                weight * everyone.count / whole)  # processes are averaged, tokens are not
         with training_precision(device.type, False): loss.backward()  # layers may run again
         total += loss.item()
     total = everyone.total(total) / everyone.count
@@ -271,7 +277,7 @@ def save_state(path: Path, model: nn.Module, optimizers: dict[str, Optimizer], s
     for name, optimizer in optimizers.items():
         for i, state in optimizer.state_dict()["state"].items():
             tensors |= {f"{name}/{i}/{key}": torch.as_tensor(x) for key, x in state.items()}
-    tensors = {n: team[0].whole(t).contiguous() for n, t in tensors.items()}
+    tensors = {n: t.contiguous() for n, t in team[0].collect(tensors).items()}
     metadata = dict(step=step, recipe=asdict(recipe), history=history)
     if team[0].rank == 0:
         with replacing(path) as new:
@@ -327,7 +333,7 @@ def run_steps(
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     state, first, history, last = folder / "state.safetensors", 0, [], recipe.steps
     if state.exists(): first, history = load_state(state, model, optimizers, recipe)
-    if is_done(history): return history
+    if team[0].total(is_done(history)): return history
     losses, started = [], time.perf_counter()
     bar = tqdm(range(first, last), initial=first, total=last, desc="train")
     for step, batch in zip(bar, batches(first)):
@@ -339,7 +345,7 @@ def run_steps(
             row |= dict(marks=measure(history), machine=machine())
         history.append(row)
         save_state(state, model, optimizers, done, recipe, history)
-        if is_done(history): break
+        if team[0].total(is_done(history)): break
         bar.set_postfix(loss=f"{row['loss']:.3f}")
         losses, started = [], time.perf_counter()
     return history
@@ -358,7 +364,7 @@ def train(
     "Raises ValueError if the folder holds a run of another recipe or model."
     return run_steps(
         folder, model, make_optimizers(model, recipe), recipe,
-        lambda first: (make_batch(processor, recipe, step) for step in count(first)),
+        lambda first: (team[0].rows(make_batch(processor, recipe, k)) for k in count(first)),
         lambda history: evaluate(model, processor, num_scenes, VALIDATION)[0],
         save_every, evaluate_every)
 
@@ -366,7 +372,7 @@ def train(
 def train_tiny(
     output_path: str = "runs/tiny", # of the run; one that was stopped is continued
     model_path: str | None = None,  # one that the first stages made; default: from nothing
-):
+) -> Path: # of the model
     """Trains the shipped model, on a GPU if there is one; marks and saves it. ValueError for a
     model that other stages made."""
     processor, folder, done, history = tiny_processor(), Path(output_path), 0, []
@@ -384,5 +390,5 @@ def train_tiny(
     for i, recipe in enumerate(STAGES[done:], done + 1):
         rows = train(folder / f"stage{i}", model, processor, recipe)
         history += [row | dict(stage=i) for row in rows]
-    save_trained(folder / "model", model, processor, STAGES, history)
-    print(f"written: {folder / 'model'}")
+    if team[0].rank == 0: save_trained(folder / "model", model, processor, STAGES, history)
+    return folder / "model"
