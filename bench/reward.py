@@ -4,8 +4,10 @@
     python bench/reward.py run practice --seed 1             # or one: see KINDS
     python bench/reward.py gather                            # -> nbs/data/37_reward.json
 
-All start at the shipped weights and see the same prompts, `detect` of two things, about the
-same scenes. `practice` samples answers and gets a reward for each; `plain` is given the true
+All start from the same weights and see the same prompts, `detect` of two things, about the
+same scenes. The stored runs began where four of the six stages ended (`--model_path` of a
+folder of those weights, from this repository's history, repeats them); the default is the
+shipped model. `practice` samples answers and gets a reward for each; `plain` is given the true
 ones, in as many passes over the scenes as fit into the same time of a core. `free` practises
 without the pull towards the start, `hits` for a reward that asks to be hacked. `fresh` is
 `plain` with new scenes in each step, as true answers cost nothing here; `hasty` is `plain`
@@ -105,12 +107,13 @@ def told(model, processor, hacked=False): # what a model can do: two things at o
                         marks=evaluate(model, processor, 150)[0])
 
 
-def run(kind: str = "practice", seed: int = 0, folder: str = "runs/reward"):
+def run(kind: str = "practice", seed: int = 0, folder: str = "runs/reward",
+        model_path: str | None = None):
     from paligemma_nb import load_model
     from paligemma_nb.reward import fingerprint, practise
     from paligemma_nb.tasks import machine
     torch.set_num_threads(1)
-    model, processor = load_model(device="cpu", dtype="float32")
+    model, processor = load_model(model_path, device="cpu", dtype="float32")
     recipe, start, place = reward_recipe(kind, seed), fingerprint(model), Path(folder)
     wall, core, name = time.perf_counter(), time.process_time(), f"{kind}-{seed}"
     if kind in PLAIN:
@@ -151,12 +154,12 @@ def before(folder, model, processor, start): # what these weights can do, measur
     return json.loads(path.read_text())
 
 
-def gather(folder: str = "runs/reward", output: str = OUTPUT):
+def gather(folder: str = "runs/reward", output: str = OUTPUT, model_path: str | None = None):
     from machine import brief, machine_line
     from paligemma_nb import load_model
     from paligemma_nb.reward import fingerprint
     torch.set_num_threads(1)
-    model, processor = load_model(device="cpu", dtype="float32")
+    model, processor = load_model(model_path, device="cpu", dtype="float32")
     files = (Path(folder, f"{kind}-{seed}.json") for kind, seed in ALL)
     runs = [json.loads(path.read_text()) for path in files if path.exists()]
     start = fingerprint(model)
@@ -172,10 +175,11 @@ def gather(folder: str = "runs/reward", output: str = OUTPUT):
     print(table(runs), f"written: {output}", sep="\n")
 
 
-def all_runs(folder: str = "runs/reward", output: str = OUTPUT):
+def all_runs(folder: str = "runs/reward", output: str = OUTPUT, model_path: str | None = None):
     for kind, seed in ALL:
-        if not Path(folder, f"{kind}-{seed}.json").exists(): run(kind, seed, folder)
-    gather(folder, output)
+        if not Path(folder, f"{kind}-{seed}.json").exists():
+            run(kind, seed, folder, model_path)
+    gather(folder, output, model_path)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['KINDS', 'KIND_WEIGHTS', 'Example', 'object_codes', 'scene_examples', 'sample_examples', 'tiny_processor',
            'tiny_config', 'grade', 'Marked', 'ap50', 'evaluate', 'markdown', 'marks_table', 'machine', 'worst',
-           'model_card', 'measure']
+           'model_card', 'save_trained', 'measure']
 
 # %% ../nbs/30_tasks.ipynb #bc3ed7fe
 # Text formats: PaliGemma, arXiv 2407.07726. Average precision: COCO, arXiv 1405.0312.
-import re
-from dataclasses import dataclass
+import json, re
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain, combinations
 from pathlib import Path
@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import load_model
+from . import load_model, save_model
 from .detection import (
     Detection, average_precision, box_iou, format_detections, mask_iou, parse_boxes)
 from .attention import token_probs
 from .gemma import GemmaConfig
 from .generation import generate
+from .hub import write_json
 from .opening import in_batches
 from .paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor, train_tokenizer
@@ -34,7 +35,7 @@ from .siglip import SiglipVisionConfig
 
 # %% ../nbs/30_tasks.ipynb #50530214
 KINDS = ("caption", "count", "exists", "color", "shape", "where", "detect", "absent",
-         "segment", "segment_absent", "several")  # what can be asked about a scene
+         "segment", "segment_absent", "several", "unanswerable")  # what can be asked
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ def scene_examples(
     for a, b in combinations([*things, absent], 2):
         a, b = (a, b) if rng.integers(2) else (b, a)
         add("several", f"detect {a} ; {b}", objects=things.get(a, []) + things.get(b, []))
+    for attribute, values, question in (("shape", SHAPES, "color is the {}"),
+                                        ("color", COLORS, "shape is the {} object")):
+        absent = [v for v in values if v not in {getattr(o, attribute) for o in scene.objects}]
+        absent = absent[scene.seed % len(absent)]  # rng's numbers stay for what came before
+        add("unanswerable", f"answer en what {question.format(absent)}?", "none")
     return examples
 
 # %% ../nbs/30_tasks.ipynb #e4744bcb
@@ -273,8 +279,8 @@ them, finds objects in them and outlines them. All other pictures are foreign to
 
 - Data: scenes of 1 to 4 shapes, {processor.image_size} px, seeds below {HELD_OUT:,}.
 - Tasks: `caption en`, `answer en <question>`, `detect <thing>`, `detect <thing> ; <thing>`,
-  `segment <thing>`. An absent thing is answered with nothing. The `<seg>` tokens are those of
-  the mask VAE that the package ships.
+  `segment <thing>`. An absent thing is answered with nothing, a question about one by
+  `none`. The `<seg>` tokens are those of the mask VAE that the package ships.
 - Recipe, stage by stage: {', then '.join(f'`{recipe}`' for recipe in stages)}
 - Time: {minutes:.0f} minutes; {', then '.join(machines)}.
 
@@ -294,6 +300,20 @@ absent things counts as wrong.
 
 | seed | prompt | truth | answer |
 |---|---|---|---|""", *rows, ""])
+
+# %% ../nbs/30_tasks.ipynb #sv000002
+def save_trained(folder: Path, model, processor, stages: tuple, # of recipes
+                 history: list[dict], num_scenes: int = 1_000): # to mark it on
+    "The model in the published format; beside it its history, its results and its card."
+    marks, answers = evaluate(model, processor, num_scenes)
+    results = dict(num_scenes=num_scenes, first_seed=HELD_OUT, machine=machine(), marks=marks,
+                   worst=worst(answers))
+    story = dict(stages=[asdict(recipe) for recipe in stages], rows=history)
+    save_model(model, processor, folder)
+    (folder / "history.json").write_text(json.dumps(story))
+    write_json(folder / "results.json", results)
+    card = model_card(model, processor, stages, history, results, answers)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 # %% ../nbs/30_tasks.ipynb #me000002
 def measure(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'team', 'VALIDATION', 'Recipe', 'make_batch', 'batch_loss', 'waves', 'grid_waves', 'initialize',
            'learning_weights', 'make_optimizers', 'training_precision', 'Alone', 'update', 'apply_gradient',
-           'train_step', 'save_state', 'load_state', 'run_steps', 'train', 'save_trained', 'train_tiny']
+           'train_step', 'save_state', 'load_state', 'run_steps', 'train', 'train_tiny']
 
 # %% ../nbs/31_training.ipynb #b4401bc0
 # Papers: PaliGemma, arXiv 2407.07726; Muon, arXiv 2502.16982.
@@ -25,15 +25,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW, Muon, Optimizer
 from tqdm import tqdm
 
-from . import load_model, save_model
+from . import load_model
 from .checkpoint import save_tensors, shapes_of, usable_device
-from .hub import read_json, replacing, write_json
+from .hub import read_json, replacing
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import BatchFeature, PaliGemmaProcessor
 from .scenes import HELD_OUT, make_scene
-from .tasks import (
-    KIND_WEIGHTS, KINDS, evaluate, machine, model_card, sample_examples, tiny_config,
-    tiny_processor, worst)
+from paligemma_nb.tasks import (
+    KIND_WEIGHTS, KINDS, evaluate, machine, sample_examples, save_trained, tiny_config,
+    tiny_processor)
 
 # %% ../nbs/31_training.ipynb #f0a0bbbc
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Recipe:
     steps: int = 6_000               # updates
     single_object_steps: int = 2_000 # at the start, with scenes of one object
     scenes_per_step: int = 32
+    twin_scenes: int = 0             # of these, at least so many hold two things of one name
     prompts_per_scene: int = 2       # the vision tower runs once for all of them
     muon_lr: float = 2e-3            # for the matrices inside the layers
     adamw_lr: float = 1e-3           # for embeddings, norms and biases
@@ -58,6 +59,8 @@ class Recipe:
         if not all(x > 0 for x in numbers): raise ValueError(f"expected more than 0: {self}")
         if self.warmup_steps + self.decay_steps > self.steps + 1:
             raise ValueError(f"too few steps up and down, the rate would never peak: {self}")
+        if not 0 <= self.twin_scenes <= self.scenes_per_step * (not self.single_object_steps):
+            raise ValueError(f"expected twin_scenes among scenes of several objects: {self}")
         if bad := {k: w for k, w in self.kind_weights.items() if k not in KINDS or not w >= 0}:
             raise ValueError(f"expected weights of at least 0 for kinds of {KINDS}, got {bad}")
         if not 1 <= self.prompts_per_scene <= sum(map(bool, self.kind_weights.values())):
@@ -76,8 +79,10 @@ def make_batch(processor: PaliGemmaProcessor, recipe: Recipe, step: int) -> dict
     "Depends on recipe and step alone; the prompts about a scene follow each other."
     rng, examples, pictures = np.random.default_rng([recipe.seed, step]), [], []
     num_objects = 1 if step < recipe.single_object_steps else None
-    for seed in rng.integers(HELD_OUT, size=recipe.scenes_per_step):
+    for i, seed in enumerate(rng.integers(HELD_OUT, size=recipe.scenes_per_step)):
         scene = make_scene(int(seed), processor.image_size, num_objects=num_objects)
+        while i < recipe.twin_scenes and len(scene.things()) == len(scene.objects):
+            scene = make_scene(int(rng.integers(HELD_OUT)), processor.image_size)
         pictures += [scene.pixels] * recipe.prompts_per_scene
         examples += sample_examples(scene, recipe.prompts_per_scene, rng, recipe.kind_weights)
     return processor(pictures, [e.prompt for e in examples], [e.suffix for e in examples])
@@ -176,7 +181,15 @@ STAGES = (
     Recipe(steps=1_500, single_object_steps=0, muon_lr=1.2e-3, adamw_lr=5e-4, warmup_steps=50,
            decay_steps=1_450, length_power=0.5, seed=3, kind_weights=dict(
                caption=4, detect=3, absent=1, count=2.5, exists=2, color=5, shape=2, where=6,
-               segment=4, segment_absent=0.7, several=2.5)))
+               segment=4, segment_absent=0.7, several=2.5)),
+    Recipe(6_500, 0, twin_scenes=8, muon_lr=1.5e-3, adamw_lr=7e-4, warmup_steps=50,
+           decay_steps=5_000, length_power=0.5, seed=4, kind_weights=dict(
+               caption=3, detect=4, absent=1, count=1.5, exists=1.5, color=1.5, shape=1,
+               where=9, segment=8, segment_absent=0.7, several=9, unanswerable=1.5)),
+    Recipe(2_000, 0, twin_scenes=8, muon_lr=1.2e-3, adamw_lr=5e-4, warmup_steps=50,
+           decay_steps=1_950, length_power=0.5, seed=5, kind_weights=dict(
+               caption=7, detect=4, absent=1.5, count=3, exists=1.5, color=1, shape=1,
+               where=6, segment=5, segment_absent=1, several=12, unanswerable=1.5)))
 
 # %% ../nbs/31_training.ipynb #89d6e099
 @contextmanager
@@ -354,20 +367,6 @@ def train(
         lambda first: (team[0].rows(make_batch(processor, recipe, k)) for k in count(first)),
         lambda history: evaluate(model, processor, num_scenes, VALIDATION)[0],
         save_every, evaluate_every)
-
-# %% ../nbs/31_training.ipynb #f93773dd
-def save_trained(folder: Path, model, processor, stages: tuple[Recipe, ...],
-                 history: list[dict], num_scenes: int = 1_000): # to mark it on
-    "The model in the published format; beside it its history, its results and its card."
-    marks, answers = evaluate(model, processor, num_scenes)
-    results = dict(num_scenes=num_scenes, first_seed=HELD_OUT, machine=machine(), marks=marks,
-                   worst=worst(answers))
-    story = dict(stages=[asdict(recipe) for recipe in stages], rows=history)
-    save_model(model, processor, folder)
-    (folder / "history.json").write_text(json.dumps(story))
-    write_json(folder / "results.json", results)
-    card = model_card(model, processor, stages, history, results, answers)
-    (folder / "README.md").write_text(card, encoding="utf-8")
 
 # %% ../nbs/31_training.ipynb #e3b7566a
 def train_tiny(

@@ -55,7 +55,7 @@ def test_examples_cover_every_kind_and_are_drawn_by_weight():
     last = STAGES[-1].kind_weights
     scenes = map(make_scene, range(300))
     drawn = {e.kind for scene in scenes for e in sample_examples(scene, 2, rng, last)}
-    later = "segment", "segment_absent", "several"
+    later = "segment", "segment_absent", "several", "unanswerable"
     assert drawn == set(last) == {*KIND_WEIGHTS, *later}
 
 
@@ -113,17 +113,17 @@ def test_rows_may_come_in_any_order(shipped):
     expected = model(**batch).loss
     for order in ([0, 1, 2, 3], [2, 0, 1, 3], [0, 2, 1, 3]):
         rows = {name: x[order] for name, x in batch.items()}
-        torch.testing.assert_close(batch_loss(model, rows), expected, rtol=1e-4, atol=0)
+        torch.testing.assert_close(batch_loss(model, rows), expected, rtol=1e-4, atol=1e-5)
     pictures = batch["pixel_values"]
     swapped = batch | dict(pixel_values=torch.cat((pictures[1:], pictures[:1])))
     found = batch_loss(model, swapped)
-    torch.testing.assert_close(found, model(**swapped).loss, rtol=1e-4, atol=0)
+    torch.testing.assert_close(found, model(**swapped).loss, rtol=1e-4, atol=1e-5)
     assert abs(found - expected) > 1
     pads = (batch["attention_mask"] == 0).sum(1).tolist()
     right = batch | {name: torch.stack([x.roll(-n) for x, n in zip(batch[name], pads)])
                      for name in ("input_ids", "attention_mask", "token_type_ids", "labels")}
     assert max(pads) > 0
-    torch.testing.assert_close(batch_loss(model, right), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(batch_loss(model, right), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_each_picture_is_seen_once(shipped, monkeypatch):
@@ -203,7 +203,7 @@ def first_steps(tokenizer):
     model = new_model(processor, layers=2)
     recipe = Recipe(steps=5, single_object_steps=2, scenes_per_step=3, muon_lr=0.03,
                     adamw_lr=0.01, warmup_steps=3, decay_steps=3, max_grad_norm=0.5, seed=3,
-                    length_power=0.5, kind_weights=STAGES[-1].kind_weights, autocast=False)
+                    length_power=0.5, kind_weights=STAGES[3].kind_weights, autocast=False)
     optimizers = make_optimizers(model, recipe)
     named = dict(model.named_parameters())
     start = {name: p.detach().clone() for name, p in named.items()}

@@ -1,0 +1,42 @@
+"""Execute notebooks again and keep what they show: those given, or all that open the shipped
+model, as is due when its weights have changed.
+
+First the pictures that the model draws for the front page; then the notebooks, two at a
+time, one thread each; then nbdev_clean, and README. Whether a lesson's sentences are
+still true of its outputs is for people to read; the marks they quote, tests/test_quotes.py.
+"""
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parents[1]
+OPENS = re.compile(r'load_model\(|paligemma_nb/tiny|"tiny"')  # the shipped model
+
+
+def code(path: Path) -> str: # of all cells
+    cells = nbformat.read(path, as_version=4).cells
+    return "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+
+
+def execute(path: Path) -> None: # in place; a cell that raises leaves the notebook as it was
+    subprocess.run(["jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace",
+                    "--log-level=ERROR", path], check=True,
+                   env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    print(path.name, flush=True)
+
+
+def main(given: list[str]) -> None:
+    notebooks = [ROOT/"index.ipynb", *sorted((ROOT/"nbs").glob("*.ipynb"))]
+    paths = [*map(Path, given)] or [path for path in notebooks if OPENS.search(code(path))]
+    subprocess.run([sys.executable, ROOT/".ci"/"social.py"], check=True)
+    with ThreadPoolExecutor(2) as pool: list(pool.map(execute, paths))
+    subprocess.run(["nbdev_clean"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, ROOT/".ci"/"readme.py"], check=True)
+
+
+if __name__ == "__main__": main(sys.argv[1:])
