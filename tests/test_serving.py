@@ -77,7 +77,8 @@ def test_answers_are_those_of_the_model(prompt, client, shipped):
         said = client.chat.completions.create(model="tiny", temperature=0,
                                               messages=messages(scene.image, prompt))
         choice, = said.choices
-        assert choice.message.content == expected.text and choice.finish_reason == "stop"
+        assert choice.message.content == expected.text
+        assert choice.finish_reason == ("length" if expected.cut_off else "stop")
         assert choice.message.role == "assistant" and said.object == "chat.completion"
         found = choice.message.detections
         assert [d["label"] for d in found] == [d.label for d in expected.detections]
@@ -160,7 +161,8 @@ def test_neighbours_change_nothing(shipped):
         assert (one.ids, one.finish, one.detections) == (other.ids, other.finish,
                                                          other.detections)
         assert "".join(told) == processor.decode(other.ids) == other.text
-    assert [ask.finish for ask in asks] == ["stop"] * 3 + ["length"] * 3
+    assert {ask.finish for ask in asks[:3]} >= {"stop"}
+    assert [ask.finish for ask in asks[3:]] == ["length"] * 3
     assert [len(ask.ids) for ask in asks[3:]] == most[3:]
     assert len({len(ask.ids) for ask in asks}) >= 5 and asks[0].detections
 
@@ -377,8 +379,8 @@ def test_the_command():
         with openai.OpenAI(base_url=address, api_key="none") as client:
             model, = client.models.list()
             said = client.chat.completions.create(model=model.id, messages=messages(
-                SCENES[0].image, "caption en"))
-            assert said.choices[0].message.content == SCENES[0].caption
+                SCENES[1].image, "caption en"))
+            assert said.choices[0].message.content == SCENES[1].caption
     finally: server.send_signal(signal.SIGINT)
     said, errors = server.communicate()
     assert server.returncode in (0, 130) and "Traceback" not in errors

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import paligemma_nb
-from paligemma_nb import load_model, training
+from paligemma_nb import load_model, tasks, training
 from paligemma_nb.generation import generate
 from paligemma_nb.paligemma import PaliGemmaForConditionalGeneration
 from paligemma_nb.processing import EXTRA_TOKENS, PaliGemmaProcessor
@@ -466,7 +466,7 @@ def test_what_is_saved_says_how_it_was_examined(tmp_path, shipped, monkeypatch):
     marks, asked = dict(count=dict(right=0.25, asked=40)), []
     example = Example("count", "p", "2")
     failed = [Marked(seed, example, "3", [], dict(right=0.)) for seed in range(40)]
-    monkeypatch.setattr(training, "evaluate",
+    monkeypatch.setattr(tasks, "evaluate",
                         lambda *a: asked.append(a[2:]) or (marks, failed))
     rows = [dict(step=1, loss=1, seconds=30, marks={}),  # before machines were noted
             dict(step=2, loss=1, seconds=30, marks={}, machine="a lamp")]
