@@ -198,8 +198,16 @@ def test_two_kinds_of_output(folder, whole, tmp_path):
     assert table.to_pylist() == whole
 
 
+@pytest.fixture
+def one_thread(): # a forked child would wait for ever for the others
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.long)])
-def test_killed_and_continued(kills, folder, tmp_path):
+def test_killed_and_continued(kills, folder, tmp_path, one_thread):
     settings = dict(prompt=["caption en", "detect red circle"], block_size=1)
     def start(name): return run(folder / "[0-3].png", tmp_path / name, **settings)
     whole, rng = start("whole"), np.random.default_rng(kills)  # from here on the model is open
