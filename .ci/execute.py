@@ -1,8 +1,8 @@
 """Execute notebooks again and keep what they show: those given, or all that open the shipped
 model, as is due when its weights have changed.
 
-First the pictures that the model draws for the front page; then the notebooks, two at a
-time, one thread each; then nbdev_clean, and README. Whether a lesson's sentences are
+If all, first the pictures that the model draws for the front page; then the notebooks, two at
+a time, one thread each; then nbdev_clean, and README. Whether a lesson's sentences are
 still true of its outputs is for people to read; the marks they quote, tests/test_quotes.py.
 """
 import os
@@ -33,7 +33,7 @@ def execute(path: Path) -> None: # in place; a cell that raises leaves the noteb
 def main(given: list[str]) -> None:
     notebooks = [ROOT/"index.ipynb", *sorted((ROOT/"nbs").glob("*.ipynb"))]
     paths = [*map(Path, given)] or [path for path in notebooks if OPENS.search(code(path))]
-    subprocess.run([sys.executable, ROOT/".ci"/"social.py"], check=True)
+    if not given: subprocess.run([sys.executable, ROOT/".ci"/"social.py"], check=True)
     with ThreadPoolExecutor(2) as pool: list(pool.map(execute, paths))
     subprocess.run(["nbdev_clean"], cwd=ROOT, check=True)
     subprocess.run([sys.executable, ROOT/".ci"/"readme.py"], check=True)

@@ -44,11 +44,9 @@ def front() -> str:
 
 
 def badges() -> str:
-    "The lines of README: badges come from other hosts, so the site has none"
-    url, name = SETTINGS["git_url"], SETTINGS["lib_name"]
-    tests, pypi = f"{url}/actions/workflows/test.yaml", f"https://pypi.org/project/{name}"
-    return (f"[![Tests]({tests}/badge.svg)]({tests}) "
-            f"[![PyPI](https://img.shields.io/pypi/v/{name})]({pypi})\n\n"
+    "The lines of README: a badge comes from another host, so the site has none"
+    tests = f"{SETTINGS['git_url']}/actions/workflows/test.yaml"
+    return (f"[![Tests]({tests}/badge.svg)]({tests})\n\n"
             f"{front()} · [read it on the site]({site()})")
 
 

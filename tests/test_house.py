@@ -381,7 +381,7 @@ def test_one_setting_publishes(published, tmp_path):
     "README has badges and links, the site's pages a line; Colab gets lessons that install"
     readme = ci("readme").render()[ROOT/"README.md"].decode()
     top = readme.partition("## ")[0]
-    for text in ("badge.svg", "pypi.org", "pip install paligemma-nb", "mybinder.org",
+    for text in ("badge.svg", "pip install paligemma-nb", "mybinder.org",
                  f"]({published.site()})", f"]({published.site()}/nbs/scene/)"):
         assert text in top, text
     assert "/blob/colab/nbs/03_rope.ipynb)" in published.run_links("nbs/03_rope.ipynb")
