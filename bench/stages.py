@@ -37,10 +37,10 @@ RATES = (6e-4, 2e-3, 6e-3)
 @dataclass(frozen=True)
 class StageRecipe(Recipe):
     "A short training, and what may be different about it."
-    steps: int = 800
-    single_object_steps: int = 260  # a third of the steps, as in lesson 31
+    steps: int = 600
+    single_object_steps: int = 200  # a third of the steps, as in lesson 31
     warmup_steps: int = 50
-    decay_steps: int = 500
+    decay_steps: int = 400
     contrast: int = 0               # steps by contrast that the tower has behind it
     texts: int = 0                  # steps on the scenes' texts that the decoder has behind it
     frozen: bool = False            # the tower does not learn
@@ -65,7 +65,7 @@ RUNS = {
     "contrast": dict(contrast=PRETRAINING), "texts": dict(texts=PRETRAINING),
     "both": dict(contrast=PRETRAINING, texts=PRETRAINING),
     "frozen": dict(contrast=PRETRAINING, frozen=True), "frozen, random": dict(frozen=True),
-    "tower warm-up": dict(contrast=PRETRAINING, tower_warmup=300),
+    "tower warm-up": dict(contrast=PRETRAINING, tower_warmup=200),
     "causal": dict(causal=True), "loss on prompt": dict(causal=True, loss_on_prompt=True),
     "MLP": dict(mlp=True),
     "all objects at once": dict(single_object_steps=0),
@@ -216,7 +216,7 @@ def marks(model, processor, num_scenes): # by kind; boxes also by the number of 
 def recipe_of(name, seed): return StageRecipe(seed=seed, **RUNS[name])
 
 
-def run(name: str, seed: int = 0, folder: str = "runs/stages", num_scenes: int = 100):
+def run(name: str, seed: int = 0, folder: str = "runs/stages", num_scenes: int = 200):
     from paligemma_nb.tasks import machine
     from paligemma_nb.training import run_steps, tiny_processor
     torch.set_num_threads(1)
@@ -233,12 +233,12 @@ def run(name: str, seed: int = 0, folder: str = "runs/stages", num_scenes: int =
     wall, core = time.perf_counter(), time.process_time()
     history = run_steps(place, model, optimizers_of(model, recipe), recipe,
                         lambda first: batches(processor, recipe, first),
-                        lambda history: marks(model, processor, num_scenes),
+                        lambda history: marks(model, processor, max(1, num_scenes // 5)),
                         save_every=100, evaluate_every=max(1, recipe.steps // 4))
     share = (time.process_time() - core) / (time.perf_counter() - wall)
     found = dict(name=name, seed=seed, recipe=asdict(recipe), machine=machine(),
                  core_share=share, before=json.loads((place / "before.json").read_text()),
-                 history=history, end=marks(model, processor, 3 * num_scenes))
+                 history=history, end=marks(model, processor, num_scenes))
     (place.parent / f"{name}-{seed}.json").write_text(json.dumps(found))
     print(table([found]), flush=True)
 

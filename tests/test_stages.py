@@ -96,7 +96,7 @@ def test_a_tower_that_warms_up_moves_less(processor):
                                                          before.vision_tower.parameters()))
     assert 0 < moved("tower warm-up") < 0.1 * moved("base")
     rates = recipe_of("tower warm-up", 0).rates(99)
-    assert rates["tower muon"] == pytest.approx(rates["muon"] / 3)
+    assert rates["tower muon"] == pytest.approx(rates["muon"] / 2)
 
 
 def test_a_causal_prompt_is_read_from_left_to_right(processor, base):
