@@ -14,7 +14,8 @@ without the pull towards the start, `hits` for a reward that asks to be hacked. 
 with about three times its rates.
 
 A run has one thread and can be stopped at any moment; called again, it goes on. It notes which
-share of a core it got, since several may share a machine.
+share of a core it got, since several may share a machine; of one that was stopped, only its
+last part, so that its time is not to be compared.
 """
 import json
 import time

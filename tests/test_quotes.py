@@ -14,6 +14,7 @@ QUOTES = {
         "of the questions for a colour {color[right]:.1%} are answered rightly, of those for "
         "a shape {shape[right]:.1%}",
         "from {several[all_found]:.0%} for several and {where[right]:.0%} for where"),
+    "37_reward": ("two things at once went from 0.740 to {several[all_found]:.3f}",),
 }
 
 
@@ -29,8 +30,7 @@ def test_quoted_marks_are_those_of_the_results(lesson, quote):
     assert quote.format(**MARKS) in text, f"{lesson}: expected {quote.format(**MARKS)!r}"
 
 
-def test_no_quote_is_older_than_the_marks():
-    "The misses and the rest that lesson 30 computes from them."
+def test_what_lesson_30_computes_from_the_marks():
     lacks, missed = 1 - MARKS["segment"]["iou"], 1 - MARKS["segment"]["over_half"]
     text = text_of("30_tasks")
     assert f"`segment` lacks {lacks:.3f} to a mean IoU of 1" in text
