@@ -76,7 +76,8 @@ def answer_rows(size, theirs, folders, ways, pace, rounds, n, dtype):
 
 def training_rows(folder, rounds, size=64):
     "One forward and backward pass over the same batch, every row with its own picture."
-    from paligemma_nb.training import Recipe, batch_loss, make_batch, training_precision
+    from paligemma_nb.kernels import training_precision
+    from paligemma_nb.training import Recipe, batch_loss, make_batch
     model, processor = open_ours(folder, dtype="float32")
     reference = open_theirs(folder, "float32")
     recipe = Recipe(scenes_per_step=size, prompts_per_scene=1, single_object_steps=0)

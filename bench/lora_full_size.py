@@ -64,7 +64,8 @@ def batch_of(processor, rows=1): # each scene has the caption of the next: nobod
 
 def our_model(base, adapter, way, dtype): # -> model, batch -> loss
     from paligemma_nb import load_model
-    from paligemma_nb.training import batch_loss, training_precision
+    from paligemma_nb.kernels import training_precision
+    from paligemma_nb.training import batch_loss
     how = dict(weights="int8") if way == "int8" else dict(dtype=dtype)
     model = load_model(base, device="cpu", adapter=adapter, **how)[0]
 

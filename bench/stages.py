@@ -156,7 +156,8 @@ def text_batch(processor, recipe, step): # what is asked and answered, without a
 
 
 def teach_decoder(model, processor, recipe): # as a language model, on texts alone
-    from paligemma_nb.training import apply_gradient, make_optimizers, training_precision
+    from paligemma_nb.kernels import training_precision
+    from paligemma_nb.training import apply_gradient, make_optimizers
     texts = Recipe(steps=recipe.texts, warmup_steps=20, decay_steps=recipe.texts - 20)
     optimizers, losses = make_optimizers(model, texts), []
     for step in range(recipe.texts):
@@ -202,7 +203,7 @@ def batches(processor, recipe, first):
 def marks(model, processor, num_scenes): # by kind; boxes also by the number of objects
     from paligemma_nb.scenes import make_scene
     from paligemma_nb.tasks import evaluate
-    from paligemma_nb.training import VALIDATION
+    from paligemma_nb.scenes import VALIDATION
     found, answers = evaluate(model, processor, num_scenes, VALIDATION)
     by_number = {}
     for a in answers:

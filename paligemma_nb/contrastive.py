@@ -29,7 +29,7 @@ from .processing import PaliGemmaProcessor, image_to_tensor
 from .scenes import Scene, make_scene
 from .siglip import (
     SiglipEncoder, SiglipMLP, SiglipVisionConfig, SiglipVisionTransformer)
-from .training import grid_waves, make_optimizers, update
+from .training import apply_gradient, grid_waves, make_optimizers
 
 # %% ../nbs/33_contrastive.ipynb #c33a0019
 def _check_square(logits):
@@ -262,6 +262,7 @@ class ContrastRecipe:
     muon_lr: float = 4e-3    # peak for the matrices inside the layers
     adamw_lr: float = 2e-3   # peak for everything else
     first_seed: int = 0      # of the scenes
+    max_grad_norm = 1.0
 
     def __post_init__(self):
         if self.loss not in LOSSES:
@@ -333,8 +334,7 @@ def train_contrastive(
         loss = LOSSES[recipe.loss](logits)
         model.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        update(optimizers, recipe.rates(step))
+        apply_gradient(model, optimizers, recipe, step, loss.item())
         yield loss.item()
 
 # %% ../nbs/33_contrastive.ipynb #c33a0077

@@ -29,6 +29,7 @@ from .datasets import TASKS, PictureDataset, Row, collate, open_dataset, report
 from .detection import Detection, average_precision, box_iou, draw_detections
 from .generation import generate, is_finished
 from .hub import SHIPPED, first_line, replacing
+from .kernels import float32_pays, training_precision
 from .lora import add_lora, save_adapter
 from .opening import answer, in_batches, load_model, read_objects
 from .paligemma import PaliGemmaForConditionalGeneration
@@ -36,8 +37,8 @@ from .processing import PaliGemmaProcessor
 from .scenes import HELD_OUT
 from .segmentation import find_objects
 from .tasks import markdown, measure
-from .training import (Recipe, batch_loss, learning_weights, make_optimizers,
-                                   run_steps, team, training_precision)
+from .training import (
+    Recipe, batch_loss, learning_weights, make_optimizers, run_steps, team)
 
 METHODS = "lora", "frozen", "full"
 
@@ -336,6 +337,7 @@ def _teach(rows, unseen, model_path, weights, output, recipe, **settings):
         raise ValueError(f"{output} is a file or a model: the result needs its own folder")
     dtype = None if lora else "float32"
     model, processor = load_model(model_path, weights=weights, dtype=dtype)
+    if not weights and float32_pays(model): model.float()
     print(report(rows, processor, unseen))
     try:
         history = finetune(model, processor, rows, unseen, f"{output}.run", recipe,

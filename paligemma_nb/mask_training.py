@@ -20,6 +20,7 @@ from tqdm import tqdm
 from .checkpoint import save_tensors
 from .detection import NUM_CODES, mask_iou
 from .hub import replacing
+from .kernels import training_precision
 from .scenes import HELD_OUT, SHAPES, make_scene
 from .segmentation import (MASK_SIZE, Codebook, MaskVAE, load_mask_vae,
                                        object_mask)
@@ -115,14 +116,14 @@ def mask_vae_loss(
     revive: bool = False,                   # move codes that are hardly ever chosen
 ) -> tuple[Tensor, Tensor]: # scalars: squared error of the masks as -1 … 1, commitment
     "The loss of one batch. Updates the codebook, if there is a trainer."
-    with torch.autocast("cpu", torch.bfloat16): vectors = vae.features(masks)
+    with training_precision("cpu"): vectors = vae.features(masks)
     vectors, commitment = vectors.float(), torch.zeros(())  # [b, 4, 4, 512]
     if trainer is not None:
         codes = trainer.update(vectors.detach().flatten(0, 2), revive)
         nearest = vae._vq_vae(codes).view_as(vectors)
         commitment = F.mse_loss(vectors, nearest)
         vectors = vectors + (nearest - vectors).detach()  # straight-through
-    with torch.autocast("cpu", torch.bfloat16): out = vae.reconstruct(vectors)
+    with training_precision("cpu"): out = vae.reconstruct(vectors)
     return F.mse_loss(out.float(), 2 * masks - 1), commitment
 
 # %% ../nbs/32_mask_training.ipynb #47eaaee8

@@ -23,13 +23,13 @@ from torch.optim import AdamW, Optimizer
 
 from .detection import Detection, box_iou
 from .generation import generate, is_eos
+from .kernels import training_precision
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
-from .scenes import HELD_OUT, Scene, make_scene
+from .scenes import HELD_OUT, VALIDATION, Scene, make_scene
 from .segmentation import find_objects
 from .tasks import Example, Marked, grade, sample_examples
-from .training import (
-    VALIDATION, apply_gradient, run_steps, training_precision)
+from .training import apply_gradient, run_steps
 
 # %% ../nbs/37_reward.ipynb #re0101
 def named_iou(example: Example, found: list[Detection]) -> np.ndarray: # [found, true], 0 … 1

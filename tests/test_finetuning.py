@@ -21,7 +21,7 @@ from test_parity import CASES, labels_of, make_both
 from torch import nn
 from tqdm import tqdm
 
-from paligemma_nb import load_model
+from paligemma_nb import finetuning, load_model
 from paligemma_nb.checkpoint import published_key
 from paligemma_nb.datasets import collate, open_dataset
 from paligemma_nb.detection import Detection
@@ -458,6 +458,24 @@ def test_models_that_cannot_learn(method, tmp_path):
         with pytest.raises(ValueError, match="dtype='float32'"): prepare(model, recipe)
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     with pytest.raises(ValueError, match="adapter"): prepare(add_lora(model.float()), recipe)
+
+
+@pytest.mark.parametrize("method, weights, pays, dtype", [
+    ("lora", None, True, "float32"), ("lora", None, False, "bfloat16"),
+    ("lora", "int8", True, "bfloat16"), ("full", None, False, "float32")])
+def test_in_which_dtype_the_command_opens(method, weights, pays, dtype, tmp_path, monkeypatch):
+    seen = []
+    def stop(model, *args, **settings):
+        seen.append(model.multi_modal_projector.linear.bias.dtype)
+        raise ValueError("seen")
+    monkeypatch.setattr(finetuning, "finetune", stop)
+    monkeypatch.setattr(finetuning, "load_model", lambda path, weights, dtype: load_model(
+        device="cpu", weights=weights, dtype=dtype or "bfloat16"))  # as published ones are
+    monkeypatch.setattr(finetuning, "report", lambda *args: "")
+    monkeypatch.setattr(finetuning, "float32_pays", lambda model: pays)
+    with pytest.raises(ValueError, match="seen"):
+        finetuning._teach(None, None, None, weights, tmp_path / "out", FinetuneRecipe(method))
+    assert seen == [getattr(torch, dtype)]
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -1,10 +1,13 @@
 """Products that are checked before they are chosen: inputs in bytes, and the memory between
 two steps."""
+import os
 import threading
 
+import pytest
 import torch
 
-from paligemma_nb.kernels import _scratch, in_bytes
+from paligemma_nb import kernels
+from paligemma_nb.kernels import Kernels, _scratch, float32_pays, in_bytes
 
 
 def test_inputs_in_bytes():
@@ -42,3 +45,13 @@ def test_names_do_not_share_scratch_memory():
     a, b = (_scratch(name, torch.float32, 4) for name in ("weight", "product"))
     a.fill_(1), b.fill_(2)
     assert a.sum() == 4
+
+
+@pytest.mark.parametrize("fast, numbers, pays", [
+    (False, 10, True), (True, 10, False), (False, 51, False)])
+def test_weights_are_widened_where_it_pays_and_fits(fast, numbers, pays, monkeypatch):
+    monkeypatch.setattr(kernels, "kernels", lambda: Kernels(fast, False, False))
+    sizes = dict(SC_PHYS_PAGES=4, SC_PAGE_SIZE=100)  # 50 numbers of four bytes fit into half
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
+    assert float32_pays(torch.nn.Linear(numbers, 1, bias=False)) == pays
+    assert not float32_pays(torch.nn.Linear(numbers, 1, bias=False, device="meta"))

@@ -128,7 +128,8 @@ def test_a_loud_input_does_not_drown_the_others():
     linear, expected = Int8Linear(weight), x.float() @ weight.float().T
     assert relative(linear(x), expected) < .02
     linear.limit = 1e9
-    assert relative(linear(x), expected) > .5
+    drowned = relative(linear(x), expected) > .5
+    assert drowned == (kernels().bytes or kernels().packed_bytes) # else nothing is in bytes
 
 
 @pytest.mark.parametrize("rows", [32, 64])
