@@ -194,12 +194,12 @@ def test_equal_rewards_teach_nothing_and_the_start_pulls(fresh, shipped, monkeyp
         recipe = replace(SMALL, **settings)
         return practice_step(fresh, start, shipped[1], {}, asked, recipe, 0)
     step()
-    assert steps == [0, 0]  # one for each update
+    assert len(steps) == 2 and max(steps) < 1e-6  # one for each update; 0, but for rounding
     with torch.no_grad():
         for p in fresh.language_model.parameters(): p.mul_(1.5)
-    assert step(kl=0.0)["kl"] > 0 and steps[2:] == [0, 0]
+    assert step(kl=0.0)["kl"] > 0 and max(steps) < 1e-6
     step(kl=0.1)
-    assert min(steps[4:]) > 0
+    assert len(steps) == 6 and min(steps[4:]) > 1e-3
 
 
 def test_prompts_depend_on_recipe_and_step(shipped):
