@@ -2,7 +2,7 @@
 
     python bench/stages.py run contrast --seed 1 --folder runs/stages   # one run: see RUNS
     python bench/stages.py all --folder runs/stages       # those that are missing, then gather
-    python bench/stages.py gather                         # -> nbs/data/36_stages.json
+    python bench/stages.py gather --folder runs/stages    # added to nbs/data/36_stages.json
 
 Each run is `base` but for what RUNS says, and sees the same batches in the same order; two
 seeds each. A tower or a decoder that was taught before (`contrast`, `texts`) got PRETRAINING
@@ -279,11 +279,20 @@ def at_the_edge(runs): # optimizers whose best rate has no neighbour on one side
     return found
 
 
+def known(folder, output): # runs by these recipes, from an earlier output and the folder
+    earlier = json.loads(Path(output).read_text())["runs"] if Path(output).exists() else []
+    pairs = [(name, seed) for name in RUNS for seed in SEEDS]
+    files = (Path(folder, f"{name}-{seed}.json") for name, seed in pairs)
+    runs = {(r["name"], r["seed"]): r for r in [
+        *earlier, *(json.loads(path.read_text()) for path in files if path.exists())]}
+    return {pair: runs[pair] for pair in pairs
+            if pair in runs and runs[pair]["recipe"] == asdict(recipe_of(*pair))}
+
+
 def gather(folder: str = "runs/stages", output: str = OUTPUT):
     from machine import brief, machine_line
     torch.set_num_threads(1)
-    files = (Path(folder, f"{name}-{seed}.json") for name in RUNS for seed in SEEDS)
-    runs = [json.loads(path.read_text()) for path in files if path.exists()]
+    runs = [*known(folder, output).values()]
     head = dict(machine=machine_line(), date=time.strftime("%Y-%m-%d"),
                 times="several runs shared a busy machine: core seconds are about right",
                 no_best_rate_yet=at_the_edge(runs))
@@ -299,7 +308,7 @@ def gather(folder: str = "runs/stages", output: str = OUTPUT):
 def all_runs(folder: str = "runs/stages", output: str = OUTPUT):
     for seed in SEEDS:
         for name in RUNS:
-            if not Path(folder, f"{name}-{seed}.json").exists(): run(name, seed, folder)
+            if (name, seed) not in known(folder, output): run(name, seed, folder)
     gather(folder, output)
 
 

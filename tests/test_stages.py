@@ -173,6 +173,10 @@ def test_all_runs_are_made_once_and_gathered(tmp_path, monkeypatch, processor, c
     assert "adamw: its best rate is the first" in capsys.readouterr().out
     monkeypatch.setattr(stages, "run", None)
     stages.all_runs(tmp_path, tmp_path / "out.json")  # makes none again
+    stages.all_runs(tmp_path / "lost", tmp_path / "out.json")  # nor where only these are left
+    assert json.loads((tmp_path / "out.json").read_text())["runs"] == found["runs"]
+    monkeypatch.setattr(stages, "recipe_of", lambda name, seed: StageRecipe(seed=seed))
+    assert stages.known(tmp_path, tmp_path / "out.json") == {}  # they were made by others
 
 
 def test_a_best_rate_has_neighbours():
@@ -183,3 +187,13 @@ def test_a_best_rate_has_neighbours():
     runs += [run("muon 0.0006", 1), run("base", 2)]
     assert stages.at_the_edge([*runs, run("muon 0.006", 1)]) == []
     assert stages.at_the_edge([*runs, run("muon 0.006", 3)]) == ["muon"]
+
+
+def test_stored_runs_belong_to_their_recipes():
+    told = json.loads(Path(stages.OUTPUT).read_text())["runs"]
+    assert told and [*stages.known("nowhere", stages.OUTPUT).values()] == told
+    for r in told:
+        assert [row["step"] for row in r["history"]] == [100, 150, 200, 300, 400, 450, 500, 600]
+        recipe = recipe_of(r["name"], r["seed"])
+        assert [*map(len, r["before"]["losses"].values())] == [
+            n for n in (recipe.contrast, recipe.texts) if n]
