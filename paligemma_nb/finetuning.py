@@ -56,7 +56,7 @@ class FinetuneRecipe:
     rank: int = 8                  # of LoRA
     replay: float = 0.5            # share of each batch that keeps what the model could do
     seed: int = 0
-    autocast: bool = True          # products in bfloat16, where that is faster; else as weights
+    autocast: bool = True          # products in bfloat16, where that is faster
     muon: bool = False             # for the matrices of the layers, as in lesson 31; not LoRA
     data: str = ""                 # fingerprint of rows and model; finetune fills it in
     length_power = 0.0             # a mean over all tokens, as in transformers

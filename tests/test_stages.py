@@ -193,7 +193,8 @@ def test_stored_runs_belong_to_their_recipes():
     told = json.loads(Path(stages.OUTPUT).read_text())["runs"]
     assert told and [*stages.known("nowhere", stages.OUTPUT).values()] == told
     for r in told:
-        assert [row["step"] for row in r["history"]] == [100, 150, 200, 300, 400, 450, 500, 600]
+        steps = [row["step"] for row in r["history"]]
+        assert steps == [100, 150, 200, 300, 400, 450, 500, 600]
         recipe = recipe_of(r["name"], r["seed"])
         assert [*map(len, r["before"]["losses"].values())] == [
             n for n in (recipe.contrast, recipe.texts) if n]
