@@ -294,7 +294,7 @@ def gather(folder: str = "runs/stages", output: str = OUTPUT):
     torch.set_num_threads(1)
     runs = [*known(folder, output).values()]
     head = dict(machine=machine_line(), date=time.strftime("%Y-%m-%d"),
-                times="several runs shared a busy machine: core seconds are about right",
+                times="several runs shared a busy machine: minutes are not to be compared",
                 no_best_rate_yet=at_the_edge(runs))
     lines = [f"  {json.dumps(key)}: {json.dumps(brief(value))}" for key, value in head.items()]
     rows = ",\n    ".join(json.dumps(brief(r)) for r in runs)

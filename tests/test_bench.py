@@ -241,7 +241,8 @@ def test_bytes_on_paper_are_those_that_a_small_model_takes():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("script", ["label_scenes", "serve_clients", "two_processes"])
+@pytest.mark.parametrize("script", [
+    "label_scenes", "serve_clients", "training_precision", "two_processes"])
 def test_a_record(script):
     "It comes to its end, and leaves its results"
     subprocess.run([sys.executable, ROOT / "bench" / f"{script}.py", "--results",

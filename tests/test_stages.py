@@ -1,4 +1,5 @@
-"Runs that differ in one thing: that they do, that they can be stopped, what is made of them."
+"""Runs that differ in one thing: that they do, that they can be stopped, what is made of them.
+A model for pictures of another size, against transformers."""
 import json
 import sys
 from collections import Counter
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 from paligemma_nb import load_model
+from paligemma_nb.checkpoint import save_model
 from paligemma_nb.generation import generate
+from paligemma_nb.stages import at_resolution, resize_positions
 from paligemma_nb.training import Recipe, make_optimizers, train_step
 
 ROOT = Path(__file__).parents[1]
@@ -198,3 +201,71 @@ def test_stored_runs_belong_to_their_recipes():
         recipe = recipe_of(r["name"], r["seed"])
         assert [*map(len, r["before"]["losses"].values())] == [
             n for n in (recipe.contrast, recipe.texts) if n]
+
+
+# --- pictures of another size
+
+@pytest.mark.parametrize("old, new, width", [(3, 5, 24), (8, 16, 6), (7, 3, 10), (4, 4, 2)])
+def test_positions_are_those_of_transformers(old, new, width):
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+    torch.manual_seed(old)
+    theirs = SiglipVisionModel(SiglipVisionConfig(
+        hidden_size=width, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        patch_size=4, image_size=4 * old, vision_use_head=False)).embeddings
+    table = theirs.position_embedding.weight.detach()
+    pixels = torch.randn(1, 3, 4 * new, 4 * new)
+    with torch.no_grad():
+        patches = theirs.patch_embedding(pixels).flatten(2).mT
+        expected = theirs(pixels, interpolate_pos_encoding=True) - patches
+    assert torch.allclose(resize_positions(table, new), expected[0], rtol=1e-5, atol=1e-6)
+
+
+def test_positions_that_cannot_be_resized():
+    for n, side in ((15, 4), (16, 0)):
+        with pytest.raises(ValueError, match=f"expected a square .*: {n}, {side}"):
+            resize_positions(torch.zeros(n, 2), side)
+
+
+def test_a_model_for_larger_pictures_is_that_of_transformers(tmp_path):
+    "the features of its tower, and its logits from a saved folder"
+    import transformers
+    model, processor = load_model(device="cpu", dtype="float32")
+    save_model(model, processor, tmp_path / "small")
+    theirs = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
+        tmp_path / "small", dtype=torch.float32)
+    same, large = at_resolution(model, processor, 154)
+    assert same is model and large.num_image_tokens == 121 and processor.image_size == 112
+    picture = np.random.default_rng(0).integers(256, size=(90, 120, 3), dtype=np.uint8)
+    inputs = large(images=[picture], text=["caption en"])
+    with torch.no_grad():
+        ours = model.vision_tower(inputs["pixel_values"])
+        expected = theirs.model.vision_tower(
+            inputs["pixel_values"], interpolate_pos_encoding=True).last_hidden_state
+        assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
+        logits = model(**inputs).logits
+    save_model(model, large, folder := tmp_path / "large")
+    theirs = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32)
+    with torch.no_grad(): expected = theirs(**inputs).logits
+    assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
+    again, processor = load_model(folder, device="cpu", dtype="float32")
+    assert torch.equal(again(**inputs).logits, logits) and processor.image_size == 154
+
+
+def test_what_else_a_larger_picture_leaves_alone():
+    model, processor = load_model(device="cpu", dtype="bfloat16")
+    model.requires_grad_(False)
+    before = {n: p for n, p in model.named_parameters() if "position" not in n}
+    at_resolution(model, processor, 56)
+    after = dict(model.named_parameters())
+    assert all(after[n] is p for n, p in before.items())  # no copy
+    assert not any(p.requires_grad for p in after.values())
+    assert {p.dtype for p in after.values()} == {torch.bfloat16}
+    for size in (0, 100):
+        with pytest.raises(ValueError, match=f"expected a multiple of 14 px, got {size}"):
+            at_resolution(model, processor, size)
+    assert model.config.vision_config.image_size == 56  # as it was
+    small, processor = at_resolution(*load_model(device="cpu", weights="int8",
+                                                dtype="bfloat16"), 224)
+    inputs = processor([np.zeros((8, 8, 3), np.uint8)], ["caption en"])
+    assert generate(small, inputs, max_new_tokens=2).shape[1] in (1, 2)

@@ -623,6 +623,18 @@ def old_rows(batch_size, share, steps):
     ],
 }
 
+WRONG["36_stages"] = {
+    "check_deviation": ["deviation = .08", "deviation = .04", "deviation = .08 / 4"],
+    "check_difference": [("ddof=1", "ddof=0"), (" / len(d) ** .5", ""), ("a - b", "b - a"),
+                         ("len(d) ** .5", "len(d)")],
+    "check_best": ["def best(losses): return min(losses, key=losses.get)",
+                   ("(rates[0], rates[-1])", "rates[-1:]"), ("min(", "max("),
+                   "def best(losses): return 2e-3"],
+    "check_always": ['at_4500, at_5000 = "no", "yes"', 'at_4500, at_5000 = "yes", "yes"'],
+    "check_pairs": ["tokens, times = 1024, 16", "tokens, times = 4096, 16",
+                    "tokens, times = 896, 256"],
+}
+
 WRONG["37_reward"] = {
     "check_leave_one_out": [("(n - 1)", "n"), ("r - (r.sum", "(r.sum"), ("axis=1", "axis=0")],
     "check_worth": ["def worth(ratio, advantage): return ratio * advantage",
