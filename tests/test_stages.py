@@ -261,10 +261,16 @@ def test_what_else_a_larger_picture_leaves_alone():
     assert all(after[n] is p for n, p in before.items())  # no copy
     assert not any(p.requires_grad for p in after.values())
     assert {p.dtype for p in after.values()} == {torch.bfloat16}
-    for size in (0, 100):
+    for size in (0, 100, 224.0):
         with pytest.raises(ValueError, match=f"expected a multiple of 14 px, got {size}"):
             at_resolution(model, processor, size)
+    with pytest.raises(ValueError, match="336 px make 576 image tokens, the context holds 512"):
+        at_resolution(model, processor, 336)
     assert model.config.vision_config.image_size == 56  # as it was
+    config = deepcopy(model.config)
+    other = type(model)(model.config)  # shares the config, and does not follow
+    at_resolution(other, processor, 112)
+    assert model.config == config != other.config
     small, processor = at_resolution(*load_model(device="cpu", weights="int8",
                                                 dtype="bfloat16"), 224)
     inputs = processor([np.zeros((8, 8, 3), np.uint8)], ["caption en"])
