@@ -2,7 +2,8 @@
 
     python bench/stages.py run contrast --seed 1 --folder runs/stages   # one run: see RUNS
     python bench/stages.py all --folder runs/stages       # those that are missing, then gather
-    python bench/stages.py gather --folder runs/stages    # added to nbs/data/36_stages.json
+    python bench/stages.py gather --folder runs/stages    # those with all seeds are added to
+                                                          # nbs/data/36_stages.json
 
 Each run is `base` but for what RUNS says, and sees the same batches in the same order; two
 seeds each. A tower or a decoder that was taught before (`contrast`, `texts`) got PRETRAINING
@@ -292,7 +293,8 @@ def known(folder, output): # runs by these recipes, from an earlier output and t
 def gather(folder: str = "runs/stages", output: str = OUTPUT):
     from machine import brief, machine_line
     torch.set_num_threads(1)
-    runs = [*known(folder, output).values()]
+    found = known(folder, output)
+    runs = [r for (name, _), r in found.items() if all((name, s) in found for s in SEEDS)]
     head = dict(machine=machine_line(), date=time.strftime("%Y-%m-%d"),
                 times="several runs shared a busy machine: minutes are not to be compared",
                 no_best_rate_yet=at_the_edge(runs))
