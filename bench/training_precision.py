@@ -4,8 +4,8 @@
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python bench/training_precision.py …
 
 Loss and gradient of the shipped model on 16 rows, in float32 and under bfloat16's autocast,
-and the step of its 52 matrices by our Muon (in float32) and by PyTorch's (in bfloat16): seconds
-of one core, in turns, medians. Seconds of processor hardly depend on who else is at work.
+and the step of its 52 matrices by our Muon (in float32) and by PyTorch's (in bfloat16):
+seconds of one core, in turns, medians. They hardly depend on who else is at work.
 """
 import time
 from statistics import median
@@ -35,7 +35,8 @@ def main(results: str | None = None, repeats: int = 5, rows: int = 16):
 
     def gradient(bfloat16):
         model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16): loss = model(**batch).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = model(**batch).loss
         loss.backward()
 
     gradient(False)
@@ -43,7 +44,8 @@ def main(results: str | None = None, repeats: int = 5, rows: int = 16):
     muon = dict(float32=Muon(matrices, lr=0.0), bfloat16=torch.optim.Muon(matrices, lr=0.0))
     found = dict(rows_of_batch=rows, matrices=len(matrices), repeats=repeats, gradient=measure(
         dict(float32=lambda: gradient(False), bfloat16=lambda: gradient(True)), repeats))
-    found["muon"] = measure({name: optimizer.step for name, optimizer in muon.items()}, repeats)
+    steps = {name: optimizer.step for name, optimizer in muon.items()}
+    found["muon"] = measure(steps, repeats)
     for work in ("gradient", "muon"):
         print(f"{work}:", ", ".join(f"{s:.2f} s in {kind}" for kind, s in found[work].items()))
     if results: write_results(results, "training_precision", found)

@@ -264,7 +264,7 @@ def test_what_else_a_larger_picture_leaves_alone():
     for size in (0, 100, 224.0):
         with pytest.raises(ValueError, match=f"expected a multiple of 14 px, got {size}"):
             at_resolution(model, processor, size)
-    with pytest.raises(ValueError, match="336 px make 576 image tokens, the context holds 512"):
+    with pytest.raises(ValueError, match="336 px make 576 image tokens, .* holds 512"):
         at_resolution(model, processor, 336)
     assert model.config.vision_config.image_size == 56  # as it was
     config = deepcopy(model.config)
