@@ -6,8 +6,9 @@
                                                           # nbs/data/36_stages.json
 
 Each run is `base` but for what RUNS says; two seeds each. Runs of a seed see the same batches
-in the same order, unless the recipe changes the scenes (`all objects at once`). A tower or a decoder that was taught before (`contrast`, `texts`) got PRETRAINING
-steps more: as in the paper these come on top, and their time stands apart.
+in the same order, unless the recipe changes the scenes (`all objects at once`). A tower or a
+decoder that was taught before (`contrast`, `texts`) got PRETRAINING steps more: as in the
+paper these come on top, and their time stands apart.
 
 Rates are searched by `muon …` and `adamw …`, each three times the one before. If the best of
 an optimizer is the first or the last of its rates, `gather` says so: there is no best yet.

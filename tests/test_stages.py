@@ -285,6 +285,7 @@ def test_quantised_weights_take_larger_pictures():
                   for m in (whole, small)]
         assert torch.equal(*tables)
         inputs = processor(pictures, ["caption en"])
-        with torch.no_grad(): exact, near = (m(**inputs).logits.float() for m in (whole, small))
+        with torch.no_grad():
+            exact, near = (m(**inputs).logits.float() for m in (whole, small))
         away.append(((exact - near).norm() / exact.norm()).item())
     assert max(away) < 0.05
