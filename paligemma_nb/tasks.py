@@ -35,7 +35,8 @@ from .siglip import SiglipVisionConfig
 
 # %% ../nbs/30_tasks.ipynb #50530214
 KINDS = ("caption", "count", "exists", "color", "shape", "where", "detect", "absent",
-         "segment", "segment_absent", "several", "unanswerable")  # what can be asked
+         "segment", "segment_absent", "several", "several_absent",
+         "unanswerable")  # what can be asked
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def scene_examples(
     add("caption", "caption en", scene.caption)
     for question, answer, kind in scene.questions(): add(kind, f"answer en {question}", answer)
     for name, objects in things.items(): add("detect", f"detect {name}", objects=objects)
-    absent = sorted({f"{c} {s}" for c in COLORS for s in SHAPES} - things.keys())
-    absent = absent[rng.integers(len(absent))]
+    others = sorted({f"{c} {s}" for c in COLORS for s in SHAPES} - things.keys())
+    absent = others.pop(rng.integers(len(others)))
     add("absent", f"detect {absent}")
     for name, objects in things.items():
         add("segment", f"segment {name}", objects=objects)
@@ -93,9 +94,10 @@ def scene_examples(
         add("several", f"detect {a} ; {b}", objects=things.get(a, []) + things.get(b, []))
     for attribute, values, question in (("shape", SHAPES, "color is the {}"),
                                         ("color", COLORS, "shape is the {} object")):
-        absent = [v for v in values if v not in {getattr(o, attribute) for o in scene.objects}]
-        absent = absent[scene.seed % len(absent)]  # rng's numbers stay for what came before
-        add("unanswerable", f"answer en what {question.format(absent)}?", "none")
+        unseen = [v for v in values if v not in {getattr(o, attribute) for o in scene.objects}]
+        value = unseen[scene.seed % len(unseen)]  # rng's numbers stay for what came before
+        add("unanswerable", f"answer en what {question.format(value)}?", "none")
+    add("several_absent", f"detect {absent} ; {others[scene.seed % len(others)]}")
     return examples
 
 # %% ../nbs/30_tasks.ipynb #e4744bcb

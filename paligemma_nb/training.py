@@ -208,7 +208,12 @@ STAGES = (
     Recipe(2_000, 0, twin_scenes=8, muon_lr=1.2e-3, adamw_lr=5e-4, warmup_steps=50,
            decay_steps=1_950, seed=5, length_power=0.5, kind_weights=dict(
                caption=7, detect=4, absent=1.5, count=3, exists=1.5, color=1, shape=1,
-               where=6, segment=5, segment_absent=1, several=12, unanswerable=1.5)))
+               where=6, segment=5, segment_absent=1, several=12, unanswerable=1.5)),
+    Recipe(4_500, 0, twin_scenes=8, muon_lr=1.5e-3, adamw_lr=7e-4, warmup_steps=50,
+           decay_steps=4_000, seed=6, length_power=0.5, kind_weights=dict(
+               caption=5, detect=4, absent=1, count=2, exists=1, color=1, shape=1, where=12,
+               segment=6, segment_absent=0.7, several=14, several_absent=1.5,
+               unanswerable=1)))
 
 # %% ../nbs/31_training.ipynb #c45a0002
 class Alone:

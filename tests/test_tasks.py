@@ -22,6 +22,11 @@ def test_absent_things_are_absent():
             (absent,) = examples[kind]
             assert absent.prompt.removeprefix(verb) not in scene.things()
             assert absent.suffix == ""
+        [both] = examples["several_absent"]
+        names = both.prompt.removeprefix("detect ").split(" ; ")
+        assert names[0] == examples["absent"][0].prompt.removeprefix("detect ")
+        assert len({*names}) == 2 and scene.things().keys().isdisjoint(names)
+        assert both.suffix == ""
 
 
 def test_several_asks_for_things_and_answers_with_those_that_are_there():
@@ -60,7 +65,7 @@ def test_the_absent_thing_and_the_order_of_names_are_the_generators():
     scene = make_scene(3)
     a, again, b = (scene_examples(scene, np.random.default_rng(seed)) for seed in (0, 0, 1))
     assert a == again and a["absent"] != b["absent"]
-    drawn = "absent", "segment_absent", "several"
+    drawn = "absent", "segment_absent", "several", "several_absent"
     assert all(a[kind] == b[kind] for kind in KINDS if kind not in drawn)
     assert a["segment_absent"][0].prompt == a["absent"][0].prompt.replace("detect", "segment")
     names = [[e.prompt for e in scene_examples(scene, np.random.default_rng(seed))["several"]]

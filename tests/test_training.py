@@ -55,7 +55,7 @@ def test_examples_cover_every_kind_and_are_drawn_by_weight():
     last = STAGES[-1].kind_weights
     scenes = map(make_scene, range(300))
     drawn = {e.kind for scene in scenes for e in sample_examples(scene, 2, rng, last)}
-    later = "segment", "segment_absent", "several", "unanswerable"
+    later = "segment", "segment_absent", "several", "several_absent", "unanswerable"
     assert drawn == set(last) == {*KIND_WEIGHTS, *later}
 
 
