@@ -2,8 +2,9 @@
 model, as is due when its weights have changed.
 
 If all, first the pictures that the model draws for the front page; then the notebooks, two at
-a time, one thread each; then nbdev_clean, and README. Whether a lesson's sentences are
-still true of its outputs is for people to read; the marks they quote, tests/test_quotes.py.
+a time, one thread each; then nbdev_clean, and README. A notebook in which a cell raises stays
+as it was, and is named at the end. Whether a lesson's sentences are still true of its outputs
+is for people to read; the marks they quote, tests/test_quotes.py.
 """
 import os
 import re
@@ -23,20 +24,24 @@ def code(path: Path) -> str: # of all cells
     return "\n".join(cell.source for cell in cells if cell.cell_type == "code")
 
 
-def execute(path: Path) -> None: # in place; a cell that raises leaves the notebook as it was
-    subprocess.run(["jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace",
-                    "--log-level=ERROR", path], check=True,
-                   env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
-    print(path.name, flush=True)
+def execute(path: Path) -> bool: # did all of its cells run?
+    done = subprocess.run(["jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace",
+                           "--log-level=ERROR", path], stderr=subprocess.PIPE, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    cell = done.stderr.rpartition("following cell:\n")[2] if done.returncode else ""
+    print(path.name, cell, flush=True)
+    return not done.returncode
 
 
 def main(given: list[str]) -> None:
     notebooks = [ROOT/"index.ipynb", *sorted((ROOT/"nbs").glob("*.ipynb"))]
     paths = [*map(Path, given)] or [path for path in notebooks if OPENS.search(code(path))]
     if not given: subprocess.run([sys.executable, ROOT/".ci"/"social.py"], check=True)
-    with ThreadPoolExecutor(2) as pool: list(pool.map(execute, paths))
+    with ThreadPoolExecutor(2) as pool: done = list(pool.map(execute, paths))
     subprocess.run(["nbdev_clean"], cwd=ROOT, check=True)
     subprocess.run([sys.executable, ROOT/".ci"/"readme.py"], check=True)
+    if failed := [path.name for path, ran in zip(paths, done) if not ran]:
+        sys.exit(f"a cell raised, nothing was kept: {', '.join(failed)}")
 
 
 if __name__ == "__main__": main(sys.argv[1:])

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,37 @@ def test_bytes_on_paper_are_those_that_a_small_model_takes():
         for method in METHODS[:-1]:  # raises SystemExit where layers do not add up
             kept, checkpointed = activations(with_layers(config, 5, 4), method)
             assert 0 < checkpointed < kept
+
+
+def test_what_color_alone_answers():
+    import one_color
+    from paligemma_nb.scenes import make_scene
+    scene = make_scene(0)
+    places = [("star", "red", 10), ("ring", "blue", 50), ("cross", "red", 100)]
+    first = scene.objects[0]
+    scene.objects = [replace(first, shape=shape, color=color, center=(x, 50.))
+                     for shape, color, x in places]
+    for a, b, answer in (("red star", "red cross", "none"),   # 10, 100: both are red
+                         ("red star", "blue ring", "wrong"),  # 10, 50; red is at 55
+                         ("blue ring", "red cross", "right")):
+        for word in ("left of", "right of"):
+            for x, y in ((a, b), (b, a)):
+                prompt = f"answer en is the {x} {word} the {y}?"
+                assert one_color.by_color(scene, prompt) == answer
+
+
+def test_what_is_stored_about_colors_belongs_to_the_shipped_model(shipped):
+    import one_color
+    from paligemma_nb.reward import fingerprint
+    stored = json.loads(Path(one_color.OUTPUT).read_text())
+    assert one_color.Recipe(**stored["recipe"]) == one_color.PRACTICE
+    assert (stored["one_color"], stored["steps"]) == (one_color.ONE_COLOR, one_color.STEPS)
+    assert stored["start"] == fingerprint(shipped[0])
+    asked = {name: n for name, (_, n) in stored["before"].items()}
+    assert asked == {name: n for name, (_, n) in stored["after"].items()}
+    found = one_color.marks(*shipped, 40)  # of the same questions, the first ones
+    assert all(0 < n <= asked[name] for name, (_, n) in found.items())
+    assert found["right"][0] > .9 * found["right"][1]
 
 
 @pytest.mark.long

@@ -533,6 +533,12 @@ WRONG["31_training"] = {
         ("(1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2",
          "1 - (step - warmup) / (steps - warmup)"),
     ],
+    "check_color_alone": [
+        ("387 / 2) / 3985", "387) / 3985"),
+        ("387 / 2) / 3985", "387 / 2 + 133) / 3985"),
+        ("3361 + 107 + 194", "3361 + 194"),
+        "color_alone, ours = .95, .95",
+    ],
 }
 
 WRONG["32_mask_training"] = {
