@@ -25,8 +25,8 @@ def code(path: Path) -> str: # of all cells
 
 
 def execute(path: Path) -> bool: # did all of its cells run?
-    done = subprocess.run(["jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace",
-                           "--log-level=ERROR", path], stderr=subprocess.PIPE, text=True,
+    words = "jupyter nbconvert --to notebook --execute --inplace --log-level=ERROR".split()
+    done = subprocess.run([*words, path], stderr=subprocess.PIPE, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     cell = done.stderr.rpartition("following cell:\n")[2] if done.returncode else ""
     print(path.name, cell, flush=True)

@@ -26,8 +26,8 @@ ONE_COLOR = 24  # scenes in a batch
 STEPS = 1_000   # then it was stopped, with its rate still at the peak
 PRACTICE = Recipe(
     1_500, 0, warmup_steps=50, decay_steps=500, seed=7, length_power=0.5, kind_weights=dict(
-        caption=3, detect=4, absent=1, count=1, exists=1, color=1, shape=1, where=40, segment=4,
-        segment_absent=0.5, several=8, several_absent=1, unanswerable=1))
+        caption=3, detect=4, absent=1, count=1, exists=1, color=1, shape=1, where=40,
+        segment=4, segment_absent=0.5, several=8, several_absent=1, unanswerable=1))
 
 
 def practice_batch(processor, step): # as make_batch, but for the colors
@@ -67,8 +67,8 @@ def by_color(scene, prompt): # does going by color answer it: "right", "wrong" o
     a, b = (scene.things()[name][0] for name in (first, second))
     if a.color == b.color: return "none"
     axis = 0 if word in ("left of", "right of") else 1
-    mean_a, mean_b = (np.mean([o.center[axis] for o in scene.objects if o.color == thing.color])
-                      for thing in (a, b))
+    mean_a, mean_b = (np.mean([o.center[axis] for o in scene.objects if o.color == color])
+                      for color in (a.color, b.color))
     same = (mean_a < mean_b) == (a.center[axis] < b.center[axis])
     return "right" if same else "wrong"
 

@@ -5,7 +5,7 @@
     python bench/reward.py gather                            # -> nbs/data/37_reward.json
 
 All start from the same weights and see the same prompts, `detect` of two things, about the
-same scenes. The stored runs began where four of the six stages ended (`--model_path` of a
+same scenes. The stored runs began where four of the seven stages ended (`--model_path` of a
 folder of those weights, from this repository's history, repeats them); the default is the
 shipped model. `practice` samples answers and gets a reward for each; `plain` is given the true
 ones, in as many passes over the scenes as fit into the same time of a core. `free` practises

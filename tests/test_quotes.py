@@ -11,9 +11,10 @@ MARKS = json.loads((ROOT / "paligemma_nb" / "tiny" / "results.json").read_text()
 QUOTES = {
     "30_tasks": (
         "a mean IoU of {detect[iou]:.3f} for boxes and {segment[iou]:.3f} for masks",
-        "of the questions for a colour {color[right]:.1%} are answered rightly, of those for "
-        "a shape {shape[right]:.1%}",
-        "from {several[all_found]:.0%} for several and {where[right]:.0%} for where"),
+        "all {color[asked]} questions for a colour and all {shape[asked]} for a shape were "
+        "answered rightly",
+        "{several[all_found]:.0%} for several, {several_absent[right]:.0%} for several_absent, "
+        "{where[right]:.0%} for where"),
     "37_reward": ("two things at once went from 0.740 to {several[all_found]:.3f}",),
 }
 
@@ -33,6 +34,7 @@ def test_quoted_marks_are_those_of_the_results(lesson, quote):
 def test_what_lesson_30_computes_from_the_marks():
     lacks, missed = 1 - MARKS["segment"]["iou"], 1 - MARKS["segment"]["over_half"]
     text = text_of("30_tasks")
+    assert MARKS["color"]["right"] == MARKS["shape"]["right"] == 1
     assert f"`segment` lacks {lacks:.3f} to a mean IoU of 1" in text
     assert f"Misses, {100 * missed:.1f} answers of a hundred" in text
 
