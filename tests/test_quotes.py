@@ -13,8 +13,8 @@ QUOTES = {
         "a mean IoU of {detect[iou]:.3f} for boxes and {segment[iou]:.3f} for masks",
         "all {color[asked]} questions for a colour and all {shape[asked]} for a shape were "
         "answered rightly",
-        "{several[all_found]:.0%} for several, {several_absent[right]:.0%} for several_absent, "
-        "{where[right]:.0%} for where"),
+        "{several[all_found]:.0%} for several, {several_absent[right]:.0%} for "
+        "several_absent, {where[right]:.0%} for where"),
     "37_reward": ("two things at once went from 0.740 to {several[all_found]:.3f}",),
 }
 
