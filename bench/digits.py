@@ -210,7 +210,7 @@ def table(runs): # single digits are marked with the weights that were kept
 
 
 def gather(folder: str = "runs/digits", output: str = str(ROOT / "nbs/data/35_digits.json")):
-    from machine import brief, machine_line
+    from machine import machine_line, rows_on_lines
     from paligemma_nb import load_model
     model, processor = load_model(device="cpu", dtype="float32")
     runs = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
@@ -218,10 +218,7 @@ def gather(folder: str = "runs/digits", output: str = str(ROOT / "nbs/data/35_di
                 times="several runs shared a busy machine: core seconds are about right",
                 baseline=baseline(), digits_spelled_in_bytes=byte_digits(processor),
                 first_losses=first_losses(model, processor))
-    lines = [f"  {json.dumps(key)}: {json.dumps(brief(value))}" for key, value in head.items()]
-    rows = ",\n    ".join(json.dumps(brief(r)) for r in runs)
-    lines.append(f'  "runs": [\n    {rows}\n  ]')
-    Path(output).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    Path(output).write_text(rows_on_lines(head, "runs", runs))
     print(json.dumps(head, indent=1), table(runs), f"written: {output}", sep="\n")
 
 

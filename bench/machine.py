@@ -55,16 +55,20 @@ def brief(x): # five digits are enough for a file
     return float(f"{x:.5g}") if isinstance(x, float) else x
 
 
+def rows_on_lines(head, name, rows): # JSON: head, and under that name each row on a line
+    lines = [f"  {json.dumps(key)}: {json.dumps(brief(value))}" for key, value in head.items()]
+    rows = ",\n    ".join(json.dumps(brief(row)) for row in rows)
+    if rows: lines.append(f'  "{name}": [\n    {rows}\n  ]')
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def write_results(folder, kind, results):
     "Writes <folder>/<machine>/<kind>.json: the machine, then `results`, one row on a line."
     path = Path(folder) / machine_slug() / f"{kind}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     head = dict(machine=machine_line(), date=time.strftime("%Y-%m-%d"), load=os.getloadavg())
-    lines = [f"  {json.dumps(key)}: {json.dumps(brief(value))}"
-             for key, value in (head | results).items() if key != "rows"]
-    rows = [json.dumps(brief(row)) for row in results.get("rows", ())]
-    if rows: lines.append('  "rows": [\n    ' + ",\n    ".join(rows) + "\n  ]")
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    rest = {key: value for key, value in results.items() if key != "rows"}
+    path.write_text(rows_on_lines(head | rest, "rows", results.get("rows", ())))
     print(f"written: {path}")
 
 

@@ -156,7 +156,7 @@ def before(folder, model, processor, start): # what these weights can do, measur
 
 
 def gather(folder: str = "runs/reward", output: str = OUTPUT, model_path: str | None = None):
-    from machine import brief, machine_line
+    from machine import machine_line, rows_on_lines
     from paligemma_nb import load_model
     from paligemma_nb.reward import fingerprint
     torch.set_num_threads(1)
@@ -169,10 +169,7 @@ def gather(folder: str = "runs/reward", output: str = OUTPUT, model_path: str | 
     head = dict(machine=machine_line(), date=time.strftime("%Y-%m-%d"), start=start,
                 times="several runs shared a busy machine: core seconds are about right",
                 before=before(folder, model, processor, start))
-    lines = [f"  {json.dumps(key)}: {json.dumps(brief(value))}" for key, value in head.items()]
-    rows = ",\n    ".join(json.dumps(brief(r)) for r in runs)
-    lines.append(f'  "runs": [\n    {rows}\n  ]')
-    Path(output).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    Path(output).write_text(rows_on_lines(head, "runs", runs))
     print(table(runs), f"written: {output}", sep="\n")
 
 

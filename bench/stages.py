@@ -292,17 +292,14 @@ def known(folder, output): # runs by these recipes, from an earlier output and t
 
 
 def gather(folder: str = "runs/stages", output: str = OUTPUT):
-    from machine import brief, machine_line
+    from machine import machine_line, rows_on_lines
     torch.set_num_threads(1)
     found = known(folder, output)
     runs = [r for (name, _), r in found.items() if all((name, s) in found for s in SEEDS)]
     head = dict(machine=machine_line(), date=time.strftime("%Y-%m-%d"),
                 times="several runs shared a busy machine: minutes are not to be compared",
                 no_best_rate_yet=at_the_edge(runs))
-    lines = [f"  {json.dumps(key)}: {json.dumps(brief(value))}" for key, value in head.items()]
-    rows = ",\n    ".join(json.dumps(brief(r)) for r in runs)
-    lines.append(f'  "runs": [\n    {rows}\n  ]')
-    Path(output).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    Path(output).write_text(rows_on_lines(head, "runs", runs))
     print(table(runs), f"written: {output}", sep="\n")
     for optimizer in head["no_best_rate_yet"]:
         print(f"{optimizer}: its best rate is the first or the last, add one beyond to RATES")

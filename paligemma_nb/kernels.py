@@ -60,11 +60,12 @@ def _seconds(call, expected=None):
     "The least time of a few calls; infinite where there is no kernel or its result is wrong."
     got = _call(call)
     if got is None or expected is not None and not torch.equal(got, expected): return math.inf
-    threads, times, begin = torch.get_num_threads(), [], time.thread_time()
+    threads, times = torch.get_num_threads(), []
     # its own time then does not depend on what else the machine is doing
     torch.set_num_threads(1)
     try:
-        while len(times) < 5 and time.thread_time() < begin + .01:
+        begin = time.thread_time()
+        while not times or len(times) < 5 and time.thread_time() < begin + .01:
             start = time.thread_time(); call()
             times.append(time.thread_time() - start)
     finally: torch.set_num_threads(threads)
