@@ -289,3 +289,24 @@ def test_quantised_weights_take_larger_pictures():
             exact, near = (m(**inputs).logits.float() for m in (whole, small))
         away.append(((exact - near).norm() / exact.norm()).item())
     assert max(away) < 0.05
+
+
+# --- larger pictures, trained
+
+def test_runs_with_larger_pictures(tmp_path, monkeypatch):
+    import resolution
+    few = dict(scenes_per_step=2, warmup_steps=1, decay_steps=2, kind_weights=dict(detect=1),
+               prompts_per_scene=1)
+    monkeypatch.setattr(resolution, "recipe_of", lambda seed: Recipe(2, 0, seed=seed, **few))
+    monkeypatch.setattr(resolution, "SEEDS", (0,))
+    monkeypatch.setattr(resolution.run, "__defaults__", (0, "runs/resolution", 8))
+    resolution.all_runs(tmp_path, tmp_path / "out.json")
+    small, large = json.loads((tmp_path / "out.json").read_text())["runs"]
+    assert (small["size"], large["size"]) == (112, 224) and small["start"] == large["start"]
+    for r in (small, large):
+        asked = r["before"]["asked_by_size"]
+        assert len(asked) == 3 and sum(asked) <= r["before"]["detect"]["asked"]
+        assert r["history"][-1]["step"] == 2
+    assert small["before"]["detect"]["iou"] > .9 > .3 > large["before"]["detect"]["iou"]
+    monkeypatch.setattr(resolution, "run", None)
+    resolution.all_runs(tmp_path, tmp_path / "out.json")  # makes none again
