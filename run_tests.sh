@@ -42,5 +42,5 @@ python .ci/readme.py --check
 echo '== 3/4 every notebook runs, and every check in it knows right from wrong'
 python .ci/notebooks.py index.ipynb nbs/*.ipynb
 
-echo '== 4/4 pytest'
-python -m pytest -q tests "$@"
+echo '== 4/4 pytest, in two processes of one thread each'
+OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile tests "$@"
