@@ -1,6 +1,6 @@
 """Where color does not help: `where` questions by what the colors of a scene can tell.
 
-    python bench/one_color.py practise --folder runs/one_color # some hours; can be stopped
+    python bench/one_color.py practise --folder runs/one_color # half an hour; can be stopped
     python bench/one_color.py ask --folder runs/one_color      # -> nbs/data/31_one_color.json
 
 Someone who goes by color alone asks where everything red is on average, and where everything
@@ -9,10 +9,9 @@ the two colors ("wrong"), and no answer at all if both things are red ("none"). 
 on from the shipped model with 24 of 32 scenes in one color, and weight on `where`; `ask` marks
 the shipped model and that one, on validation scenes.
 """
-import json
 import re
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 
@@ -24,37 +23,32 @@ from paligemma_nb.training import Recipe
 OUTPUT = str(Path(__file__).resolve().parents[1] / "nbs/data/31_one_color.json")
 ONE_COLOR = 24  # scenes in a batch
 STEPS = 1_000   # then it was stopped, with its rate still at the peak
-PRACTICE = Recipe(
+
+
+@dataclass(frozen=True)
+class OneColor(Recipe):
+    "First come scenes of different things in one color."
+    def wants(self, i, scene):
+        one = len({o.color for o in scene.objects}) == 1 < len(scene.things())
+        return i >= ONE_COLOR or one
+
+
+PRACTICE = OneColor(
     1_500, 0, warmup_steps=50, decay_steps=500, seed=7, length_power=0.5, kind_weights=dict(
         caption=3, detect=4, absent=1, count=1, exists=1, color=1, shape=1, where=40,
         segment=4, segment_absent=0.5, several=8, several_absent=1, unanswerable=1))
-
-
-def practice_batch(processor, step): # as make_batch, but for the colors
-    from paligemma_nb.scenes import HELD_OUT, make_scene
-    from paligemma_nb.tasks import sample_examples
-    rng, pictures, examples = np.random.default_rng([PRACTICE.seed, step]), [], []
-    for i, seed in enumerate(rng.integers(HELD_OUT, size=PRACTICE.scenes_per_step)):
-        scene = make_scene(int(seed))
-        while i < ONE_COLOR and not len({o.color for o in scene.objects}) == 1 < len(
-                scene.things()):
-            scene = make_scene(int(rng.integers(HELD_OUT)))
-        pictures += [scene.pixels] * PRACTICE.prompts_per_scene
-        examples += sample_examples(scene, PRACTICE.prompts_per_scene, rng,
-                                    PRACTICE.kind_weights)
-    return processor(pictures, [e.prompt for e in examples], [e.suffix for e in examples])
 
 
 def practise(folder: str = "runs/one_color"):
     from paligemma_nb import load_model
     from paligemma_nb.scenes import VALIDATION
     from paligemma_nb.tasks import evaluate
-    from paligemma_nb.training import make_optimizers, run_steps
+    from paligemma_nb.training import make_batch, make_optimizers, run_steps
     torch.set_num_threads(1)
     model, processor = load_model(device="cpu", dtype="float32")
     history = run_steps(
         folder, model, make_optimizers(model, PRACTICE), PRACTICE,
-        lambda first: (practice_batch(processor, step) for step in count(first)),
+        lambda first: (make_batch(processor, PRACTICE, step) for step in count(first)),
         lambda history: evaluate(model, processor, 64, VALIDATION)[0],
         save_every=100, evaluate_every=500,
         is_done=lambda history: bool(history) and history[-1]["step"] >= STEPS)
@@ -75,6 +69,7 @@ def by_color(scene, prompt): # does going by color answer it: "right", "wrong" o
 
 def marks(model, processor, num_scenes): # -> {by_color: [right, asked]}, of all questions
     from paligemma_nb import generate
+    from paligemma_nb.opening import in_batches
     from paligemma_nb.scenes import VALIDATION, make_scene
     asked = []
     for seed in range(VALIDATION, VALIDATION + num_scenes):
@@ -82,8 +77,7 @@ def marks(model, processor, num_scenes): # -> {by_color: [right, asked]}, of all
         asked += [(scene, f"answer en {question}", answer)
                   for question, answer, kind in scene.questions() if kind == "where"]
     found = {name: [0, 0] for name in ("right", "wrong", "none")}
-    for start in range(0, len(asked), 128):
-        rows = asked[start:start + 128]
+    for rows in in_batches(asked, 128):
         inputs = processor([scene.pixels for scene, *_ in rows], [p for _, p, _ in rows])
         texts = processor.decode(generate(model, inputs, max_new_tokens=4))
         for (scene, prompt, answer), text in zip(rows, texts):
@@ -94,23 +88,23 @@ def marks(model, processor, num_scenes): # -> {by_color: [right, asked]}, of all
 
 
 def ask(folder: str = "runs/one_color", num_scenes: int = 1_000, output_file: str = OUTPUT):
+    from machine import machine_line, rows_on_lines
     from paligemma_nb import load_model
     from paligemma_nb.reward import fingerprint
-    from paligemma_nb.tasks import machine
     from paligemma_nb.training import load_state, make_optimizers
     torch.set_num_threads(1)
     model, processor = load_model(device="cpu", dtype="float32")
     start, before = fingerprint(model), marks(model, processor, num_scenes)
     step, history = load_state(Path(folder) / "state.safetensors", model,
                                make_optimizers(model, PRACTICE), PRACTICE)
-    found = dict(machine=machine(), date=time.strftime("%Y-%m-%d"), num_scenes=num_scenes,
-                 start=start, recipe=asdict(PRACTICE), one_color=ONE_COLOR, steps=step,
-                 history=history, before=before, after=marks(model, processor, num_scenes))
+    found = dict(machine=machine_line(), date=time.strftime("%Y-%m-%d"), start=start,
+                 num_scenes=num_scenes, recipe=asdict(PRACTICE), one_color=ONE_COLOR,
+                 steps=step, before=before, after=marks(model, processor, num_scenes))
     for when in ("before", "after"):
         told = (f"{name} {right}/{of} = {right / of:.3f}"
                 for name, (right, of) in found[when].items())
         print(f"{when}, where color is", *told)
-    Path(output_file).write_text(json.dumps(found, indent=1) + "\n")
+    Path(output_file).write_text(rows_on_lines(found, "history", history))
     print(f"written: {output_file}")
 
 

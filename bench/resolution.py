@@ -34,15 +34,17 @@ def recipe_of(seed): # a stage of its own: rates that sink from the start
 def marks(model, processor, num_scenes): # by kind; boxes also by the size of the object
     from paligemma_nb.scenes import VALIDATION
     from paligemma_nb.tasks import evaluate
-    found, answers = evaluate(model, processor, num_scenes, VALIDATION)
-    ious = [[] for _ in EDGES[1:]]
-    for a in answers:
-        if a.example.kind != "detect" or "iou" not in a.marks: continue
+    from stages import boxes_by
+
+    def size(a): # 0, 1, 2: small, middle, large
         x1, y1, x2, y2 = a.example.objects[0].box
         side = max(x2 - x1, y2 - y1) / processor.image_size
-        ious[np.searchsorted(EDGES, side) - 1].append(a.marks["iou"])
-    return found | dict(iou_by_size=[float(np.mean(some)) for some in ious],
-                        asked_by_size=[*map(len, ious)])
+        return int(np.searchsorted(EDGES, side)) - 1
+
+    found, answers = evaluate(model, processor, num_scenes, VALIDATION)
+    ious = boxes_by(size, answers)
+    return found | dict(iou_by_size=[float(np.mean(some)) for some in ious.values()],
+                        asked_by_size=[*map(len, ious.values())])
 
 
 def run(size: int, seed: int = 0, folder: str = "runs/resolution", num_scenes: int = 200):

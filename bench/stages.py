@@ -202,18 +202,20 @@ def batches(processor, recipe, first):
         yield batch
 
 
-def marks(model, processor, num_scenes): # by kind; boxes also by the number of objects
-    from paligemma_nb.scenes import make_scene
-    from paligemma_nb.tasks import evaluate
-    from paligemma_nb.scenes import VALIDATION
-    found, answers = evaluate(model, processor, num_scenes, VALIDATION)
-    by_number = {}
+def boxes_by(group, answers): # what evaluate returns -> {group of an answer: its IoUs}
+    ious = {}
     for a in answers:
-        if a.example.kind != "detect" or "iou" not in a.marks: continue
-        number = len(make_scene(a.seed, processor.image_size).objects)
-        by_number.setdefault(number, []).append(a.marks["iou"])
-    return found | dict(detect_by_objects={n: float(np.mean(by_number[n]))
-                                           for n in sorted(by_number)})
+        if a.example.kind == "detect" and "iou" in a.marks:
+            ious.setdefault(group(a), []).append(a.marks["iou"])
+    return dict(sorted(ious.items()))
+
+
+def marks(model, processor, num_scenes): # by kind; boxes also by the number of objects
+    from paligemma_nb.scenes import VALIDATION, make_scene
+    from paligemma_nb.tasks import evaluate
+    found, answers = evaluate(model, processor, num_scenes, VALIDATION)
+    ious = boxes_by(lambda a: len(make_scene(a.seed).objects), answers)
+    return found | dict(detect_by_objects={n: float(np.mean(x)) for n, x in ious.items()})
 
 
 def recipe_of(name, seed): return StageRecipe(seed=seed, **RUNS[name])

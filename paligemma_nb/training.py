@@ -29,7 +29,7 @@ from .hub import read_json, replacing
 from .kernels import training_precision
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import BatchFeature, PaliGemmaProcessor
-from .scenes import HELD_OUT, VALIDATION, make_scene
+from .scenes import HELD_OUT, VALIDATION, Scene, make_scene
 from paligemma_nb.tasks import (
     KIND_WEIGHTS, KINDS, evaluate, machine, sample_examples, save_trained, tiny_config,
     tiny_processor)
@@ -65,10 +65,12 @@ class Recipe:
         if not 1 <= self.prompts_per_scene <= sum(map(bool, self.kind_weights.values())):
             raise ValueError(f"expected 1 … as many prompts as kinds with a weight: {self}")
 
-    def rate(self, step: int) -> float: # factor on both learning rates; steps count from 0
-        "Raises ValueError for a step that is not in the run."
+    def rate(self, step: int) -> float: # factor on both rates; ValueError: no such step
         if not 0 <= step < self.steps: raise ValueError(f"no step {step} among {self.steps}")
         return min((step + 1) / self.warmup_steps, 1.0, (self.steps - step) / self.decay_steps)
+
+    def wants(self, i: int, scene: Scene) -> bool: # as a batch's i-th? First come the twins
+        return i >= self.twin_scenes or len(scene.things()) < len(scene.objects)
 
     def rates(self, step: int) -> dict[str, float]: # of each optimizer: rate times its peak
         return dict(muon=self.muon_lr * self.rate(step), adamw=self.adamw_lr * self.rate(step))
@@ -80,7 +82,7 @@ def make_batch(processor: PaliGemmaProcessor, recipe: Recipe, step: int) -> dict
     num_objects = 1 if step < recipe.single_object_steps else None
     for i, seed in enumerate(rng.integers(HELD_OUT, size=recipe.scenes_per_step)):
         scene = make_scene(int(seed), processor.image_size, num_objects=num_objects)
-        while i < recipe.twin_scenes and len(scene.things()) == len(scene.objects):
+        while not recipe.wants(i, scene):
             scene = make_scene(int(rng.integers(HELD_OUT)), processor.image_size)
         pictures += [scene.pixels] * recipe.prompts_per_scene
         examples += sample_examples(scene, recipe.prompts_per_scene, rng, recipe.kind_weights)
@@ -212,8 +214,7 @@ STAGES = (
     Recipe(4_500, 0, twin_scenes=8, muon_lr=1.5e-3, adamw_lr=7e-4, warmup_steps=50,
            decay_steps=4_000, seed=6, length_power=0.5, kind_weights=dict(
                caption=5, detect=4, absent=1, count=2, exists=1, color=1, shape=1, where=12,
-               segment=6, segment_absent=0.7, several=14, several_absent=1.5,
-               unanswerable=1)))
+               segment=6, segment_absent=0.7, several=14, several_absent=1.5, unanswerable=1)))
 
 # %% ../nbs/31_training.ipynb #c45a0002
 class Alone:

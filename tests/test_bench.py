@@ -258,13 +258,24 @@ def test_what_color_alone_answers():
                 assert one_color.by_color(scene, prompt) == answer
 
 
+def test_scenes_in_one_color_come_first():
+    from one_color import ONE_COLOR, PRACTICE
+    from paligemma_nb.scenes import make_scene
+    from paligemma_nb.training import Recipe
+    wanted = [s for s in map(make_scene, range(300)) if PRACTICE.wants(0, s)]
+    assert wanted and all(PRACTICE.wants(ONE_COLOR, make_scene(k)) for k in range(20))
+    for scene in wanted:
+        assert len({o.color for o in scene.objects}) == 1 and len(scene.things()) > 1
+    assert all(Recipe().wants(0, s) for s in wanted)
+
+
 def test_what_is_stored_about_colors_belongs_to_the_shipped_model():
     import one_color
     from paligemma_nb import load_model
     from paligemma_nb.reward import fingerprint
     model, processor = load_model(device="cpu", dtype="float32")
     stored = json.loads(Path(one_color.OUTPUT).read_text())
-    assert one_color.Recipe(**stored["recipe"]) == one_color.PRACTICE
+    assert one_color.OneColor(**stored["recipe"]) == one_color.PRACTICE
     assert (stored["one_color"], stored["steps"]) == (one_color.ONE_COLOR, one_color.STEPS)
     assert stored["start"] == fingerprint(model)
     asked = {name: n for name, (_, n) in stored["before"].items()}
