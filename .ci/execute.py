@@ -16,7 +16,7 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
-OPENS = re.compile(r'load_model\(|paligemma_nb/tiny|"tiny"')  # the shipped model
+OPENS = re.compile(r'load_(model|checkpoint)\(|paligemma_nb/tiny|"tiny"')  # the shipped model
 
 
 def code(path: Path) -> str: # of all cells
