@@ -65,14 +65,13 @@ class StageRecipe(Recipe):
 RUNS = {
     "base": {},
     "contrast": dict(contrast=PRETRAINING), "texts": dict(texts=PRETRAINING),
-    "both": dict(contrast=PRETRAINING, texts=PRETRAINING),
-    "frozen": dict(contrast=PRETRAINING, frozen=True), "frozen, random": dict(frozen=True),
+    "frozen": dict(contrast=PRETRAINING, frozen=True),
     "tower warm-up": dict(contrast=PRETRAINING, tower_warmup=200),
     "causal": dict(causal=True), "loss on prompt": dict(causal=True, loss_on_prompt=True),
     "MLP": dict(mlp=True),
     "all objects at once": dict(single_object_steps=0),
     "random places": dict(waves=False), "random outputs": dict(zero_outputs=False),
-    "length 0.5": dict(length_power=0.5), "length 1": dict(length_power=1.0),
+    "length 1": dict(length_power=1.0),
     "2 KV heads": dict(kv_heads=2), "4 KV heads": dict(kv_heads=4),
     **{f"muon {rate:g}": dict(muon_lr=rate) for rate in RATES if rate != Recipe().muon_lr},
     **{f"adamw {rate:g}": dict(muon=False, adamw_lr=rate) for rate in RATES}}

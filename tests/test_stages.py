@@ -134,7 +134,7 @@ def test_losses_reach_as_far_as_they_say(processor):
 
 
 def test_towers_and_decoders_are_taught_before(processor):
-    recipe = replace(recipe_of("both", 0), contrast=10, texts=25)
+    recipe = replace(recipe_of("contrast", 0), contrast=10, texts=25)
     model = new_model(processor, recipe)
     start = deepcopy(model)
     losses = stages.teach_tower(model, processor, recipe)
