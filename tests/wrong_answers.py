@@ -637,6 +637,8 @@ WRONG["36_stages"] = {
     "check_best": ["def best(losses): return min(losses, key=losses.get)",
                    ("(rates[0], rates[-1])", "rates[-1:]"), ("min(", "max("),
                    "def best(losses): return 2e-3"],
+    "check_bytes": [("2 * 4 * 48 * 4", "4 * 48 * 4"), ("4 * one", "one"),
+                    "one, four = 768, 3072"],
     "check_always": ['at_4500, at_5000 = "no", "yes"', 'at_4500, at_5000 = "yes", "yes"'],
     "check_pairs": ["tokens, times = 1024, 16", "tokens, times = 4096, 16",
                     "tokens, times = 896, 256"],
