@@ -4,7 +4,7 @@
     python bench/resolution.py run 224 --seed 1             # or one
 
 At 224 px the positions are interpolated, and each picture has four times the tokens. Both see
-the same scenes in the same order and get as many steps; a step at 224 px takes about four
+the same scenes in the same order and get as many steps; a step at 224 px takes two to three
 times as long, and `seconds` says it. Boxes are also marked by the size of the object. A run
 has one thread and can be stopped at any moment; called again, it goes on.
 """
@@ -21,8 +21,7 @@ from paligemma_nb.training import Recipe
 
 OUTPUT = str(Path(__file__).resolve().parents[1] / "nbs/data/36_resolution.json")
 SIZES, SEEDS = (112, 224), (0, 1)
-# longer side of an object's box, as a part of the picture's: about a third of them in each
-EDGES = 0, 0.3, 0.36, 1
+EDGES = 0, 0.3, 0.36, 1  # of small, middle, large: a box's longer side, in the picture's
 
 
 def recipe_of(seed): # a stage of its own: rates that sink from the start

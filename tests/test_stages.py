@@ -4,7 +4,7 @@ import json
 import sys
 from collections import Counter
 from copy import deepcopy
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from itertools import islice
 from pathlib import Path
 
@@ -15,11 +15,13 @@ import torch
 from paligemma_nb import load_model
 from paligemma_nb.checkpoint import save_model
 from paligemma_nb.generation import generate
+from paligemma_nb.reward import fingerprint
 from paligemma_nb.stages import at_resolution, resize_positions
 from paligemma_nb.training import Recipe, make_optimizers, train_step
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
+import resolution  # noqa: E402
 import stages  # noqa: E402
 from stages import (  # noqa: E402
     RUNS, StageRecipe, batches, new_model, optimizers_of, recipe_of)
@@ -293,8 +295,17 @@ def test_quantised_weights_take_larger_pictures():
 
 # --- larger pictures, trained
 
+def test_stored_runs_with_larger_pictures_belong_to_recipe_and_weights():
+    model, _ = load_model(device="cpu", dtype="float32")
+    start, told = fingerprint(model), json.loads(Path(resolution.OUTPUT).read_text())["runs"]
+    pairs = [(r["size"], r["seed"]) for r in told]
+    assert pairs == [(size, seed) for seed in resolution.SEEDS for size in resolution.SIZES]
+    for r in told:
+        assert r["start"] == start and r["recipe"] == asdict(resolution.recipe_of(r["seed"]))
+        assert [row["step"] for row in r["history"]] == [*range(50, 401, 50)]
+
+
 def test_runs_with_larger_pictures(tmp_path, monkeypatch):
-    import resolution
     few = dict(scenes_per_step=2, warmup_steps=1, decay_steps=2, kind_weights=dict(detect=1),
                prompts_per_scene=1)
     monkeypatch.setattr(resolution, "recipe_of", lambda seed: Recipe(2, 0, seed=seed, **few))
