@@ -10,7 +10,7 @@ in the same order, unless the recipe changes the scenes (`all objects at once`).
 decoder that was taught before (`contrast`, `texts`) got PRETRAINING steps more: as in the
 paper these come on top, and their time stands apart.
 
-Rates are searched by `muon …` and `adamw …`, each three times the one before. If the best of
+Rates are searched by `muon …` and `adamw …`, each about three times the one before. If the best of
 an optimizer is the first or the last of its rates, `gather` says so: there is no best yet.
 
 A run has one thread and can be stopped at any moment; called again, it goes on.
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = str(ROOT / "nbs/data/36_stages.json")
 SEEDS = 0, 1
 PRETRAINING = 300     # steps of 32 pictures or of 64 texts
-RATES = (6e-4, 2e-3, 6e-3)
+RATES = dict(muon=(6e-4, 2e-3, 6e-3), adamw=(2e-4, 6e-4, 2e-3, 6e-3))
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ RUNS = {
     "random places": dict(waves=False), "random outputs": dict(zero_outputs=False),
     "length 1": dict(length_power=1.0),
     "2 KV heads": dict(kv_heads=2), "4 KV heads": dict(kv_heads=4),
-    **{f"muon {rate:g}": dict(muon_lr=rate) for rate in RATES if rate != Recipe().muon_lr},
-    **{f"adamw {rate:g}": dict(muon=False, adamw_lr=rate) for rate in RATES}}
+    **{f"muon {rate:g}": dict(muon_lr=rate) for rate in RATES["muon"]
+       if rate != Recipe().muon_lr},
+    **{f"adamw {rate:g}": dict(muon=False, adamw_lr=rate) for rate in RATES["adamw"]}}
 
 
 # --- a model, and what it has behind it
@@ -275,9 +276,9 @@ def at_the_edge(runs): # optimizers whose best rate has no neighbour on one side
         name = name if name in RUNS else "base"
         return np.mean([score(r) for r in runs if r["name"] == name] or [-1.0])
     found = []
-    for optimizer in ("muon", "adamw"):
+    for optimizer, rates in RATES.items():
         if not any(r["name"].startswith(optimizer) for r in runs): continue
-        if np.argmax([mean(optimizer, rate) for rate in RATES]) in (0, len(RATES) - 1):
+        if np.argmax([mean(optimizer, rate) for rate in rates]) in (0, len(rates) - 1):
             found.append(optimizer)
     return found
 

@@ -187,7 +187,8 @@ def test_all_runs_are_made_once_and_gathered(tmp_path, monkeypatch, processor, c
 def test_a_best_rate_has_neighbours():
     def run(name, mark):
         return dict(name=name, end={k: {m: mark} for k, m in stages.SHOWN.items()})
-    runs = [run(f"adamw {rate:g}", mark) for rate, mark in zip(stages.RATES, (1, 2, 1))]
+    marks = dict(zip(stages.RATES["adamw"], (1, 1, 2, 1)))
+    runs = [run(f"adamw {rate:g}", mark) for rate, mark in marks.items()]
     assert stages.at_the_edge(runs) == []
     runs += [run("muon 0.0006", 1), run("base", 2)]
     assert stages.at_the_edge([*runs, run("muon 0.006", 1)]) == []
