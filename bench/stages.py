@@ -254,32 +254,30 @@ SHOWN = dict(caption="right", color="right", shape="right", count="right", exist
              where="right", detect="iou")
 
 
-def score(r): # 0 … 1: one number for the search of rates
-    return float(np.mean([r["end"][kind][mark] for kind, mark in SHOWN.items()]))
-
-
 def table(runs):
-    heads = ["run", "seed", "minutes", *SHOWN, "detect, one object", "mean"]
+    heads = ["run", "seed", "minutes", *SHOWN, "detect, one object", "loss"]
     lines = [f"| {' | '.join(heads)} |", "|---" + "|--:" * (len(heads) - 1) + "|"]
     for r in runs:
         minutes = sum(row["seconds"] for row in r["history"]) * r["core_share"] / 60
         values = [r["end"][kind][mark] for kind, mark in SHOWN.items()]
-        values += [{int(n): x for n, x in r["end"]["detect_by_objects"].items()}[1], score(r)]
+        values += [{int(n): x for n, x in r["end"]["detect_by_objects"].items()}[1],
+                   r["history"][-1]["loss"]]
         cells = [r["name"], r["seed"], f"{minutes:.0f}", *(f"{x:.2f}" for x in values)]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
-def at_the_edge(runs): # optimizers whose best rate has no neighbour on one side
-    def mean(optimizer, rate): # base is Muon at the recipe's own rate
-        name = f"{optimizer} {rate:g}"
-        name = name if name in RUNS else "base"
-        return np.mean([score(r) for r in runs if r["name"] == name] or [-1.0])
+def at_the_edge(runs): # optimizers whose lowest loss has no higher one on each side
+    def losses(optimizer, rate): # base is Muon at the recipe's own rate
+        own = optimizer == "muon" and rate == Recipe().muon_lr
+        name = "base" if own else f"{optimizer} {rate:g}"
+        return [r["history"][-1]["loss"] for r in runs if r["name"] == name]
+
     found = []
     for optimizer, rates in RATES.items():
         if not any(r["name"].startswith(optimizer) for r in runs): continue
-        if np.argmax([mean(optimizer, rate) for rate in rates]) in (0, len(rates) - 1):
-            found.append(optimizer)
+        tried = [np.mean(some) for rate in rates if (some := losses(optimizer, rate))]
+        if np.argmin(tried) in (0, len(tried) - 1): found.append(optimizer)
     return found
 
 

@@ -185,14 +185,13 @@ def test_all_runs_are_made_once_and_gathered(tmp_path, monkeypatch, processor, c
 
 
 def test_a_best_rate_has_neighbours():
-    def run(name, mark):
-        return dict(name=name, end={k: {m: mark} for k, m in stages.SHOWN.items()})
-    marks = dict(zip(stages.RATES["adamw"], (1, 1, 2, 1)))
-    runs = [run(f"adamw {rate:g}", mark) for rate, mark in marks.items()]
-    assert stages.at_the_edge(runs) == []
-    runs += [run("muon 0.0006", 1), run("base", 2)]
-    assert stages.at_the_edge([*runs, run("muon 0.006", 1)]) == []
-    assert stages.at_the_edge([*runs, run("muon 0.006", 3)]) == ["muon"]
+    def run(name, loss): return dict(name=name, history=[dict(loss=loss)])
+    losses = dict(zip(stages.RATES["adamw"], (3, 2, 1, 2)))
+    runs = [run(f"adamw {rate:g}", loss) for rate, loss in losses.items()]
+    assert stages.at_the_edge(runs) == [] and stages.at_the_edge(runs[:3]) == ["adamw"]
+    runs += [run("muon 0.0006", 3), run("base", 2)]
+    assert stages.at_the_edge([*runs, run("muon 0.006", 3)]) == []
+    assert stages.at_the_edge([*runs, run("muon 0.006", 1)]) == ["muon"]
 
 
 def test_stored_runs_belong_to_their_recipes():
