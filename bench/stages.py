@@ -10,8 +10,9 @@ in the same order, unless the recipe changes the scenes (`all objects at once`).
 decoder that was taught before (`contrast`, `texts`) got PRETRAINING steps more: as in the
 paper these come on top, and their time stands apart.
 
-Rates are searched by `muon …` and `adamw …`, each about three times the one before. If the best of
-an optimizer is the first or the last of its rates, `gather` says so: there is no best yet.
+Rates are searched by `muon …` and `adamw …`, each about three times the one before. If the
+lowest loss of an optimizer is that of its first or its last rate, `gather` says so: there is
+no best yet.
 
 A run has one thread and can be stopped at any moment; called again, it goes on.
 """
