@@ -10,9 +10,9 @@ in the same order, unless the recipe changes the scenes (`all objects at once`).
 decoder that was taught before (`contrast`, `texts`) got PRETRAINING steps more: as in the
 paper these come on top, and their time stands apart.
 
-Rates are searched by `muon …` and `adamw …`, each about three times the one before. If the
-lowest loss of an optimizer is that of its first or its last rate, `gather` says so: there is
-no best yet.
+`muon …` and `adamw …` search the rate of the layers' matrices, each about three times the one
+before; everything else has AdamW at its own rate in all runs. If the lowest loss of an
+optimizer is that of its first or its last rate, `gather` says so: there is no best yet.
 
 A run has one thread and can be stopped at any moment; called again, it goes on.
 """
@@ -53,12 +53,11 @@ class StageRecipe(Recipe):
     mlp: bool = False               # two linear maps and a GELU between tower and decoder
     waves: bool = True              # places start as sines and cosines
     zero_outputs: bool = True       # blocks start by changing nothing
-    muon: bool = True               # for the matrices of the layers; False: AdamW for all
+    muon: bool = True               # False: AdamW for the layers' matrices, too, at muon_lr
     kv_heads: int = 1               # of 4 heads
 
     def rates(self, step):
         rates, slow = super().rates(step), min(1.0, (step + 1) / max(1, self.tower_warmup))
-        if not self.muon: return dict(adamw=rates["adamw"])
         tower = {f"tower {name}": rate * slow for name, rate in rates.items()}
         return rates | ({} if self.frozen else tower)
 
@@ -76,7 +75,7 @@ RUNS = {
     "2 KV heads": dict(kv_heads=2), "4 KV heads": dict(kv_heads=4),
     **{f"muon {rate:g}": dict(muon_lr=rate) for rate in RATES["muon"]
        if rate != Recipe().muon_lr},
-    **{f"adamw {rate:g}": dict(muon=False, adamw_lr=rate) for rate in RATES["adamw"]}}
+    **{f"adamw {rate:g}": dict(muon=False, muon_lr=rate) for rate in RATES["adamw"]}}
 
 
 # --- a model, and what it has behind it
@@ -177,16 +176,22 @@ def teach_decoder(model, processor, recipe): # as a language model, on texts alo
 
 def optimizers_of(model, recipe): # by the names in recipe.rates
     from paligemma_nb.training import make_optimizers
-    if not recipe.muon:
-        return dict(adamw=AdamW(model.parameters(), weight_decay=0.0, betas=(0.9, 0.98)))
+
+    def of_what_learns():
+        optimizers = make_optimizers(model, recipe)
+        if not recipe.muon: # the other half of lesson 31's race
+            matrices = optimizers["muon"].param_groups[0]["params"]
+            optimizers["muon"] = AdamW(matrices, weight_decay=0.01, betas=(0.9, 0.98))
+        return optimizers
+
     tower = model.vision_tower
     tower.requires_grad_(False)
-    optimizers = make_optimizers(model, recipe)
+    optimizers = of_what_learns()
     if recipe.frozen: return optimizers
     rest = [p for p in model.parameters() if p.requires_grad]
     for p in rest: p.requires_grad_(False)
     tower.requires_grad_(True)
-    own = {f"tower {name}": o for name, o in make_optimizers(model, recipe).items()}
+    own = {f"tower {name}": o for name, o in of_what_learns().items()}
     for p in rest: p.requires_grad_(True)
     return optimizers | own
 

@@ -104,6 +104,16 @@ def test_a_tower_that_warms_up_moves_less(processor):
     assert rates["tower muon"] == pytest.approx(rates["muon"] / 2)
 
 
+def test_the_race_changes_the_optimizer_of_the_matrices_alone(processor):
+    muon, adamw = (after(name, processor, 1, zero_outputs=False)[1]
+                   for name in ("base", "adamw 0.002"))
+    matrices = {n for n, p in muon.named_parameters() if ".layers." in n and p.ndim == 2}
+    assert differ(muon, adamw) == matrices
+    rates = [recipe_of(name, 0).rates(99) for name in ("base", "adamw 0.002", "adamw 0.006")]
+    assert rates[0] == rates[1] and rates[2]["muon"] == pytest.approx(3 * rates[0]["muon"])
+    assert rates[2]["adamw"] == rates[0]["adamw"]
+
+
 def test_a_causal_prompt_is_read_from_left_to_right(processor, base):
     model = new_model(processor, recipe_of("causal", 0))
     for p in model.parameters(): p.data += 0.05 * torch.randn_like(p)
