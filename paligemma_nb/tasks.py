@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'KIND_WEIGHTS', 'Example', 'object_codes', 'scene_examples', 'sample_examples', 'tiny_processor',
-           'tiny_config', 'grade', 'Marked', 'ap50', 'evaluate', 'markdown', 'marks_table', 'machine', 'worst',
-           'model_card', 'save_trained', 'measure']
+           'tiny_config', 'grade', 'Marked', 'ap50', 'exam_questions', 'evaluate', 'markdown', 'marks_table', 'machine',
+           'worst', 'model_card', 'save_trained', 'measure']
 
 # %% ../nbs/30_tasks.ipynb #bc3ed7fe
 # Text formats: PaliGemma, arXiv 2407.07726. Average precision: COCO, arXiv 1405.0312.
@@ -196,6 +196,23 @@ def ap50(answers: list[Marked], kinds: tuple[str, ...], masks: bool = False) -> 
     pictures = [(found, true, (size, size)) for found, true in scenes.values()]
     return average_precision(pictures, masks=masks)
 
+# %% ../nbs/30_tasks.ipynb #e7cad044
+def exam_questions(
+    num_scenes: int,
+    first_seed: int = HELD_OUT, # scenes from here on were never trained on
+    image_size: int = 112, # side of their pictures, px
+) -> list[tuple[Scene, Example]]:
+    """One example of each kind about each scene, every `detect` and every `segment`; the same
+    ones whenever it is called."""
+    if not num_scenes >= 1: raise ValueError(f"expected at least one scene, got {num_scenes}")
+    asked = []
+    for seed in range(first_seed, first_seed + num_scenes):
+        rng, scene = np.random.default_rng(seed), make_scene(seed, image_size)
+        for kind, found in scene_examples(scene, rng).items():
+            if kind not in ("detect", "segment"): found = [found[rng.integers(len(found))]]
+            asked += [(scene, example) for example in found]
+    return asked
+
 # %% ../nbs/30_tasks.ipynb #a181e247
 def evaluate(
     model: PaliGemmaForConditionalGeneration,
@@ -204,15 +221,9 @@ def evaluate(
     first_seed: int = HELD_OUT, # scenes from here on were never trained on
     batch_size: int = 128,
 ) -> tuple[dict[str, dict[str, float]], list[Marked]]: # mean marks by kind; every answer
-    """Greedy answers to one example of each kind about each scene, to every `detect` and every
-    `segment`, marked against the truth."""
-    if not num_scenes >= 1: raise ValueError(f"expected at least one scene, got {num_scenes}")
-    asked, answers, means = [], [], {}
-    for seed in range(first_seed, first_seed + num_scenes):
-        rng, scene = np.random.default_rng(seed), make_scene(seed, processor.image_size)
-        for kind, found in scene_examples(scene, rng).items():
-            if kind not in ("detect", "segment"): found = [found[rng.integers(len(found))]]
-            asked += [(scene, example) for example in found]
+    "Greedy answers to `exam_questions`, marked against the truth."
+    asked = exam_questions(num_scenes, first_seed, processor.image_size)
+    answers, means = [], {}
     asked.sort(key=lambda pair: len(pair[1].suffix))  # answers of similar length end together
     for rows in tqdm(in_batches(asked, batch_size), desc="evaluate", leave=False):
         answers += _marked(model, processor, rows)
