@@ -10,9 +10,9 @@ in the same order, unless the recipe changes the scenes (`all objects at once`).
 decoder that was taught before (`contrast`, `texts`) got PRETRAINING steps more: as in the
 paper these come on top, and their time stands apart.
 
-`muon …` and `adamw …` search the rate of the layers' matrices, each about three times the one
-before; everything else has AdamW at its own rate in all runs. If the lowest loss of an
-optimizer is that of its first or its last rate, `gather` says so: there is no best yet.
+`muon …` and `adamw …` try rates for the layers' matrices, each about three times the one
+before; everything else has AdamW at `adamw_lr` in all runs. If the lowest loss of an optimizer
+is that of its first or its last rate, `gather` says so: there is no best yet.
 
 A run has one thread and can be stopped at any moment; called again, it goes on.
 """

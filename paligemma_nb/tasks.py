@@ -202,8 +202,8 @@ def exam_questions(
     first_seed: int = HELD_OUT, # scenes from here on were never trained on
     image_size: int = 112, # side of their pictures, px
 ) -> list[tuple[Scene, Example]]:
-    """One example of each kind about each scene, every `detect` and every `segment`; the same
-    ones whenever it is called."""
+    """About each scene one example of each kind that it allows, every `detect` and every
+    `segment`; the same ones whenever it is called."""
     if not num_scenes >= 1: raise ValueError(f"expected at least one scene, got {num_scenes}")
     asked = []
     for seed in range(first_seed, first_seed + num_scenes):
