@@ -26,7 +26,8 @@ def code(path: Path) -> str: # of all cells
 
 def execute(path: Path) -> bool: # did all of its cells run?
     words = "jupyter nbconvert --to notebook --execute --inplace --log-level=ERROR".split()
-    done = subprocess.run([*words, path], stderr=subprocess.PIPE, text=True,
+    whole = "--ExecutePreprocessor.coalesce_streams=True"  # what is printed stays in one piece
+    done = subprocess.run([*words, whole, path], stderr=subprocess.PIPE, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     cell = done.stderr.rpartition("following cell:\n")[2] if done.returncode else ""
     print(path.name, cell, flush=True)

@@ -14,6 +14,7 @@ import tokenize
 import zipfile
 from configparser import ConfigParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -609,6 +610,13 @@ def test_prose_is_shown_whole(path): # what HTML does not know it hides; heading
     headings = re.findall(r"^#+ +(.+)$", plain, re.M)
     assert not [word for line in headings for word in re.split(r"[\s/-]", line)
                 if len(word) > 24]
+
+
+@each(PAGES)
+def test_what_a_cell_prints_is_in_one_piece(path): # the site draws a box for each
+    for cell in code_cells(read(path)):
+        printed = [o.get("name") for o in cell.outputs]  # None: a picture or a table
+        assert not [one for one, other in pairwise(printed) if one and one == other], cell.id
 
 
 @each(LESSONS)
